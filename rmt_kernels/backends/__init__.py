@@ -1,0 +1,128 @@
+"""Picks a backend for every op and device, and says why.
+
+A backend is a module with functions named as in `reference.py`, with the same arguments. Besides, it has
+    unavailable() -> str | None     why it cannot run here at all
+    lacks(name, args) -> str | None why it cannot run this call (a dtype, a layout); the next backend then does
+"""
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+ORDER = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
+NAMES = ("cpu", "cuda", "triton", "reference")
+OPS = (
+    "pack_bits", "pack_scores", "unpack_bits", "masked_weight", "masked_linear", "masked_linear_dx",
+    "grouped_masked_linear", "mask_grad", "gradient_dropout", "mask_update_",
+)  # fmt: skip
+# Kernels that a GPU run has proved, as "backend.op": a GPU kernel outside this list is never a default.
+CONFIRMED = frozenset(json.loads(Path(__file__).with_name("confirmed.json").read_text())["confirmed"])
+
+_modules: dict[str, object] = {}
+_last: dict[tuple[str, str], str] = {}
+_forced: str | None = os.environ.get("RMT_BACKEND") or None
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly requested backend cannot run here."""
+
+
+def load(name: str):
+    """The backend module `name`. Raises ValueError for an unknown name."""
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in _modules:
+        _modules[name] = importlib.import_module(
+            "rmt_kernels.reference" if name == "reference" else f"rmt_kernels.backends.{name}"
+        )
+    return _modules[name]
+
+
+def why_not(name: str, op: str, device: str, args: tuple | None = None) -> str | None:
+    """Why backend `name` does not serve `op` on `device`, or None if it does. args None: of the call nothing is known."""
+    if name == "reference":
+        return None
+    if name not in ORDER[device]:
+        return f"no {device} kernels"
+    module = load(name)
+    reason = module.unavailable(device)
+    if reason is None and not hasattr(module, op):
+        reason = "not implemented"
+    if reason is None and args is not None:
+        reason = module.lacks(op, args)
+    return reason
+
+
+def unconfirmed(name: str, op: str, device: str) -> str | None:
+    """Why `name` is not a default even where it runs."""
+    if device == "cuda" and name != "reference" and f"{name}.{op}" not in CONFIRMED:
+        return "no GPU run has confirmed it yet: opt in with RMT_BACKEND or use_backend"
+    if device == "cpu" and name == "triton":
+        return "Triton's interpreter, for tests only"
+    return None
+
+
+def choose(op: str, device: str, args: tuple) -> str:
+    """Name of the backend for one call. Raises BackendUnavailable where a forced one cannot serve it."""
+    if _forced is not None:
+        reason = why_not(_forced, op, device, args)
+        if reason is None:
+            return _forced
+        raise BackendUnavailable(f"backend {_forced!r} was requested, but for {op} on {device}: {reason}")
+    for name in ORDER[device]:
+        if unconfirmed(name, op, device) is None and why_not(name, op, device, args) is None:
+            return name
+    raise AssertionError("the reference serves every op")
+
+
+def run(op: str, *args):
+    """Runs `op` on the chosen backend: the kernel behind every `torch.ops.rmt_kernels` op."""
+    first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+    device = first.device.type
+    name = choose(op, device, args)
+    _last[op, device] = name
+    return getattr(load(name), op)(*args)
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Serve every op from backend `name`, or raise BackendUnavailable. None: choose as usual.
+
+    RMT_BACKEND=name does the same for a whole process. The choice is process-wide, not per thread.
+    """
+    global _forced
+    if name is not None:
+        load(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain(op: str | None = None) -> list[dict[str, str]]:
+    """A row for every op and device: the backend that serves it, why no earlier one does, and which ran last."""
+    rows = []
+    for name in OPS if op is None else (op,):
+        for device in ORDER:
+            skipped, chosen = [], "reference"
+            for backend in (_forced,) if _forced else ORDER[device]:
+                reason = why_not(backend, name, device) or (None if _forced else unconfirmed(backend, name, device))
+                if reason is None:
+                    chosen = backend
+                    break
+                skipped.append(f"{backend}: {reason}")
+            else:
+                chosen = "none"
+            why = "; ".join(skipped) or ("requested" if _forced else "first choice")
+            rows.append(
+                {"op": name, "device": device, "backend": chosen, "why": why, "last": _last.get((name, device), "")}
+            )
+    return rows
+
+

@@ -1,0 +1,457 @@
+"""The public functions: validation, schemas, fakes, autograd and vmap rules. The only file that calls torch.library.
+
+A call runs: public function (validates once) -> `torch.ops.rmt_kernels.<name>` -> `backends.run` -> the first backend
+that has it. Formulas and shapes: `reference.py`. Bad input raises ValueError or TypeError here; the fakes only
+describe outputs.
+"""
+
+import functools
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+_SCHEMAS = {
+    "pack_bits": "(Tensor mask) -> Tensor",
+    "pack_scores": "(Tensor scores, float threshold) -> Tensor",
+    "unpack_bits": "(Tensor bits, SymInt in_features) -> Tensor",
+    "masked_weight": "(Tensor weight, Tensor bits, Tensor? scores) -> Tensor",
+    "masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? dense, Tensor? scores) -> Tensor",
+    "masked_linear_dx": "(Tensor g, Tensor weight, Tensor bits, Tensor? dense) -> Tensor",
+    "grouped_masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets) -> Tensor",
+    "mask_grad": "(Tensor x, Tensor g_task, Tensor? g_general, Tensor weight, Tensor? scores, Tensor? penalty, "
+    "Tensor? rng, float strength, int stream) -> Tensor",
+    "gradient_dropout": "(Tensor grad_task, Tensor? grad_general, Tensor? weight, Tensor? scores, Tensor? penalty, "
+    "Tensor? rng, float strength, int stream) -> Tensor",
+    "mask_update_": "(Tensor(a!)[] scores, Tensor(b!)[] bits, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+    "Tensor(e!)[] dense, Tensor[] grads, Tensor[] weights, Tensor factors, float beta1, float beta2, float eps, "
+    "float threshold) -> ()",
+}
+
+
+def _words(in_features: int) -> int:
+    return (in_features + 31) // 32
+
+
+def _accurate_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def pack_bits_fake(mask):
+    return mask.new_empty((mask.shape[0], _words(mask.shape[1])), dtype=torch.int32)
+
+
+def pack_scores_fake(scores, threshold):
+    return pack_bits_fake(scores)
+
+
+def unpack_bits_fake(bits, in_features):
+    return bits.new_empty((bits.shape[0], in_features), dtype=torch.bool)
+
+
+def masked_weight_fake(weight, bits, scores):
+    return weight.new_empty(weight.shape)
+
+
+def masked_linear_fake(x, weight, bits, bias, dense, scores):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def masked_linear_dx_fake(g, weight, bits, dense):
+    return g.new_empty((*g.shape[:-1], weight.shape[1]))
+
+
+def grouped_masked_linear_fake(x, weight, bits, bias, offsets):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def mask_grad_fake(x, g_task, g_general, weight, scores, penalty, rng, strength, stream):
+    return weight.new_empty(weight.shape, dtype=_accurate_dtype(x, g_task, weight))
+
+
+def gradient_dropout_fake(grad_task, grad_general, weight, scores, penalty, rng, strength, stream):
+    return grad_task.new_empty(grad_task.shape, dtype=_accurate_dtype(grad_task))
+
+
+def mask_update_fake(*args):
+    return None
+
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"rmt_kernels::{_name}", _schema)
+    _run = functools.partial(backends.run, _name)
+    # scores only route the straight-through gradient: no kernel reads them.
+    _kernel = (lambda *args, run=_run: run(*args[:-1])) if _name in ("masked_linear", "masked_weight") else _run
+    torch.library.impl(f"rmt_kernels::{_name}", ("cpu", "cuda"), _kernel)
+    torch.library.register_fake(f"rmt_kernels::{_name}", globals()[f"{_name.rstrip('_')}_fake"])
+
+_ops = torch.ops.rmt_kernels
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _masked_linear_setup(ctx, inputs, output):
+    x, weight, bits, bias, dense, scores = inputs
+    ctx.save_for_backward(x, weight, bits, dense)
+    # What `rmt.backward` looks for when it walks the graph.
+    ctx.rmt_op, ctx.scores_dtype = "masked_linear", None if scores is None else scores.dtype
+
+
+def _masked_linear_backward(ctx, g):
+    x, weight, bits, dense = ctx.saved_tensors
+    need_x, need_weight, _, need_bias, _, need_scores = ctx.needs_input_grad[:6]
+    dx = _ops.masked_linear_dx(g, weight, bits, dense) if need_x else None
+    rows = (x.flatten(0, -2), g.flatten(0, -2)) if need_weight or need_scores else None
+    d_weight = d_scores = None
+    if need_scores:
+        d_scores = _ops.mask_grad(rows[0], rows[1], None, weight, None, None, None, 1.0, 0).to(ctx.scores_dtype)
+    if need_weight:
+        d_weight = _ops.masked_weight((rows[1].T @ rows[0]).to(weight.dtype), bits, None)
+    d_bias = g.flatten(0, -2).sum(0) if need_bias else None
+    return dx, d_weight, None, d_bias, None, d_scores
+
+
+def _masked_weight_setup(ctx, inputs, output):
+    weight, bits, scores = inputs
+    ctx.save_for_backward(weight, bits)
+    ctx.rmt_op, ctx.scores_dtype = "masked_weight", None if scores is None else scores.dtype
+
+
+def _masked_weight_backward(ctx, g):
+    weight, bits = ctx.saved_tensors
+    d_weight = _ops.masked_weight(g.contiguous(), bits, None) if ctx.needs_input_grad[0] else None
+    d_scores = (g.to(ctx.scores_dtype) * weight).to(ctx.scores_dtype) if ctx.needs_input_grad[2] else None
+    return d_weight, None, d_scores
+
+
+torch.library.register_autograd(
+    "rmt_kernels::masked_linear", _masked_linear_backward, setup_context=_masked_linear_setup
+)
+torch.library.register_autograd(
+    "rmt_kernels::masked_weight", _masked_weight_backward, setup_context=_masked_weight_setup
+)
+
+
+# --- vmap: stacked cotangents cross a layer as more rows ----------------------------------------------------------------
+
+
+def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _only_rows_may_be_batched(name: str, in_dims: tuple, allowed: tuple[int, ...]) -> None:
+    if any(d is not None for i, d in enumerate(in_dims) if i not in allowed):
+        raise NotImplementedError(f"vmap over {name} takes batched rows only, one weight and one mask for all")
+
+
+def _masked_linear_vmap(info, in_dims, x, *rest):
+    _only_rows_may_be_batched("masked_linear", in_dims, (0,))
+    return _ops.masked_linear(x.movedim(in_dims[0], 0), *rest), 0
+
+
+def _masked_linear_dx_vmap(info, in_dims, g, *rest):
+    _only_rows_may_be_batched("masked_linear_dx", in_dims, (0,))
+    return _ops.masked_linear_dx(g.movedim(in_dims[0], 0), *rest), 0
+
+
+def _mask_grad_vmap(info, in_dims, x, g_task, g_general, weight, *rest):
+    _only_rows_may_be_batched("mask_grad", in_dims, (0, 1, 2))
+    parts = [None if t is None else _batch_first(t, d, info.batch_size) for t, d in zip((x, g_task, g_general), in_dims)]
+    rows = zip(parts[0], parts[1], parts[2] if parts[2] is not None else [None] * info.batch_size)
+    return torch.stack([_ops.mask_grad(*row, weight, *rest) for row in rows]), 0
+
+
+torch.library.register_vmap("rmt_kernels::masked_linear", _masked_linear_vmap)
+torch.library.register_vmap("rmt_kernels::masked_linear_dx", _masked_linear_dx_vmap)
+torch.library.register_vmap("rmt_kernels::mask_grad", _mask_grad_vmap)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+def _describe(value) -> str:
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+
+
+def _need_matrix(name: str, value, *, floating: bool = True) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != 2 or value.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+
+
+def _need_like(name: str, value, shape: tuple, device: torch.device, dtypes: tuple = ()) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    if dtypes and value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+
+
+def _need_bits(weight: Tensor, bits, tasks: tuple = ()) -> None:
+    want = (*tasks, weight.shape[0], _words(weight.shape[1]))
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or tuple(bits.shape) != want:
+        raise ValueError(f"bits must be int32 {want} for weight {tuple(weight.shape)}, got {_describe(bits)}")
+    if bits.device != weight.device or not bits.is_contiguous():
+        raise ValueError(f"bits must be contiguous on {weight.device}, got {_describe(bits)}, strides {bits.stride()}")
+
+
+def _need_linear(x, weight, bits, bias, dense, columns: str) -> None:
+    _need_matrix("weight", weight)
+    _need_bits(weight, bits)
+    want = weight.shape[1 if columns == "in_features" else 0]
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"the input must be a floating point tensor, got {_describe(x)}")
+    if x.dim() < 1 or x.shape[-1] != want or x.device != weight.device:
+        raise ValueError(f"the input must be (..., {want}) on {weight.device}, got {_describe(x)}")
+    if bias is not None:
+        _need_like("bias", bias, (weight.shape[0],), weight.device)
+    if dense is not None:
+        _need_like("dense", dense, weight.shape, weight.device)
+
+
+def _need_finite(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _need_strength(value: float) -> float:
+    if not 0 <= _need_finite("strength", value) <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def _need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
+    if penalty is not None and scores is None:
+        raise ValueError("penalty needs scores: the L2 term is penalty * scores")
+    if scores is not None:
+        _need_like("scores", scores, shape, device)
+    if penalty is not None:
+        _need_like("penalty", penalty, (), device)
+    if grad_general is not None:
+        if rng is None:
+            raise ValueError("gradient dropout needs rng, an int64 tensor [seed, step]: see rmt_kernels.rng_state")
+        _need_like("rng", rng, (2,), device, (torch.int64,))
+
+
+def _sync_errors(device: torch.device) -> None:
+    """RMT_SYNC_ERRORS=1: an asynchronous CUDA error surfaces in the call that caused it."""
+    if device.type == "cuda" and os.environ.get("RMT_SYNC_ERRORS") == "1" and not torch.compiler.is_compiling():
+        torch.cuda.synchronize(device)
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """(2,) int64 [seed, step], the state that every draw depends on. Change it in place between CUDA graph replays."""
+    return torch.tensor([seed, step], dtype=torch.int64, device=device)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(N, K) bool -> (N, ceil(K / 32)) int32 words, LSB first along K, pad bits 0. Raises TypeError, ValueError."""
+    _need_matrix("mask", mask, floating=False)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
+    return _ops.pack_bits(mask)
+
+
+def pack_scores(scores: Tensor, threshold: float) -> Tensor:
+    """(N, K) scores -> bits of `scores > threshold`, as `pack_bits` lays them out.
+
+    Raises: ValueError for a threshold that is not finite, and for NaN scores (on CUDA only with RMT_SYNC_ERRORS=1:
+        the check waits for the device).
+    """
+    _need_matrix("scores", scores)
+    threshold = _need_finite("threshold", threshold)
+    if not torch.compiler.is_compiling():
+        wait = scores.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1"
+        # The sum of a tensor with a NaN is NaN (so is inf - inf, hence the second look); one read, no temporary.
+        if wait and scores.sum().isnan() and scores.isnan().any():
+            raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
+    return _ops.pack_scores(scores, threshold)
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    """(N, ceil(K / 32)) int32 -> (N, K) bool. Raises TypeError, ValueError."""
+    _need_matrix("bits", bits, floating=False)
+    if bits.dtype != torch.int32:
+        raise TypeError(f"bits must be torch.int32, got {bits.dtype}")
+    if bits.shape[1] != _words(in_features):
+        raise ValueError(f"bits must have {_words(in_features)} words a row for {in_features} columns, got {bits.shape[1]}")
+    return _ops.unpack_bits(bits, in_features)
+
+
+def masked_weight(weight: Tensor, bits: Tensor, scores: Tensor | None = None) -> Tensor:
+    """(N, K) weight with off elements 0. `scores` (N, K) receive the straight-through gradient g * weight."""
+    _need_matrix("weight", weight)
+    _need_bits(weight, bits)
+    if scores is not None:
+        _need_like("scores", scores, weight.shape, weight.device)
+    return _ops.masked_weight(weight, bits, scores)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, *,
+    dense: Tensor | None = None, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """y = x @ (weight * bits).T + bias. Differentiable in x, weight, bias and, straight through the bits, in scores.
+
+    Args:
+        x: (..., K). Sets the dtype of the product; under autocast it is cast first, as `F.linear` does.
+        weight: (N, K), any floating dtype.
+        bits: (N, ceil(K / 32)) int32 from `pack_scores`.
+        bias: (N,).
+        dense: (N, K), `masked_weight(weight, bits)` if the caller keeps it: read where a dense product is faster.
+        scores: (N, K), only so that their gradient (g.T @ x) * weight has somewhere to go; the forward ignores them.
+
+    Raises: ValueError, TypeError on a wrong shape, dtype or device.
+    """
+    _need_linear(x, weight, bits, bias, dense, "in_features")
+    if scores is not None:
+        _need_like("scores", scores, weight.shape, weight.device)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y = _ops.masked_linear(x, weight, bits, bias, dense, scores)
+    _sync_errors(x.device)
+    return y
+
+
+def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, *, dense: Tensor | None = None) -> Tensor:
+    """dx = g @ (weight * bits), (..., N) -> (..., K). Raises ValueError, TypeError."""
+    _need_linear(g, weight, bits, None, dense, "out_features")
+    dx = _ops.masked_linear_dx(g, weight, bits, dense)
+    _sync_errors(g.device)
+    return dx
+
+
+def grouped_masked_linear(
+    x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Many tasks over one weight: rows offsets[t] .. offsets[t + 1] of x use bits[t].
+
+    Args:
+        x: (M, K), rows grouped by task.
+        weight: (N, K), shared.
+        bits: (T, N, ceil(K / 32)) int32.
+        offsets: (T + 1,) int64, ascending from 0 to M. On CUDA its values are checked only with RMT_SYNC_ERRORS=1,
+            and the reference backend waits for them.
+        bias: (N,), shared.
+
+    Raises: ValueError, TypeError; ValueError where a gradient would be needed, since serving has no backward.
+    """
+    _need_matrix("weight", weight)
+    _need_like("offsets", offsets, (bits.shape[0] + 1,), weight.device, (torch.int64,))
+    _need_bits(weight, bits, (bits.shape[0],))
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.device:
+        raise ValueError(f"x must be (M, {weight.shape[1]}) on {weight.device}, got {_describe(x)}")
+    if bias is not None:
+        _need_like("bias", bias, (weight.shape[0],), weight.device)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        raise ValueError("grouped_masked_linear has no backward: call it under torch.no_grad()")
+    if x.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1":
+        ends = offsets.tolist() if not torch.compiler.is_compiling() else [0, x.shape[0]]
+        if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
+            raise ValueError(f"offsets must ascend from 0 to {x.shape[0]}, got {ends}")
+    y = _ops.grouped_masked_linear(x, weight, bits, bias, offsets)
+    _sync_errors(x.device)
+    return y
+
+
+def mask_grad(
+    x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None = None, *,
+    penalty: Tensor | None = None, rng: Tensor | None = None, strength: float = 1.0, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """Gradient of the scores from one input and two output cotangents, with gradient dropout. Returns (N, K) fp32.
+
+    Args:
+        x: (..., K) input of the layer.
+        g_task, g_general: (..., N) cotangents, not loss-scaled, because of GDR_EPS. g_general None: no dropout.
+        weight: (N, K). scores: (N, K), read only for the L2 term.
+        penalty: () coefficient / norm(scores).
+        rng: (2,) int64 [seed, step]. stream: which layer this is; layers with one stream draw the same numbers.
+        strength: in [0, 1], R-AMT's lambda. 1 zeroes a dropped element, 0 switches dropout off.
+
+    Raises: ValueError, TypeError.
+    """
+    _need_matrix("weight", weight)
+    strength = _need_strength(strength)
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x must be (..., {k}), got {tuple(x.shape)}")
+    for name, g in (("g_task", g_task), ("g_general", g_general)):
+        if g is not None:
+            _need_like(name, g, (*x.shape[:-1], n), weight.device)
+    _need_dropout(weight.shape, weight.device, g_general, scores, penalty, rng)
+    rows = [None if t is None else t.flatten(0, -2) for t in (x, g_task, g_general)]
+    grad = _ops.mask_grad(*rows, weight, scores, penalty, rng, strength, stream)
+    _sync_errors(weight.device)
+    return grad
+
+
+def gradient_dropout(
+    grad_task: Tensor, grad_general: Tensor | None, weight: Tensor | None = None, scores: Tensor | None = None, *,
+    penalty: Tensor | None = None, rng: Tensor | None = None, strength: float = 1.0, stream: int = 0,
+) -> Tensor:  # fmt: skip
+    """`mask_grad` from two ready weight gradients (N, K), or, where weight is None, from two score gradients."""
+    _need_matrix("grad_task", grad_task)
+    strength = _need_strength(strength)
+    for name, value in (("grad_general", grad_general), ("weight", weight)):
+        if value is not None:
+            _need_like(name, value, grad_task.shape, grad_task.device)
+    _need_dropout(grad_task.shape, grad_task.device, grad_general, scores, penalty, rng)
+    grad = _ops.gradient_dropout(grad_task, grad_general, weight, scores, penalty, rng, strength, stream)
+    _sync_errors(grad_task.device)
+    return grad
+
+
+def mask_update_(
+    scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
+    factors: Tensor, *, dense: list[Tensor] = (), weights: list[Tensor] = (), beta1: float = 0.9,
+    beta2: float = 0.999, eps: float = 1e-8, threshold: float = 5e-3,
+) -> None:  # fmt: skip
+    """Adam, threshold and repacking for every layer at once, in place.
+
+    Args:
+        scores, exp_avgs, exp_avg_sqs, grads: (N, K) fp32, contiguous, one each per layer.
+        bits: (N, ceil(K / 32)) int32.
+        factors: (2,) fp32 from `reference.adam_factors`.
+        dense, weights: both empty, or (N, K) per layer. dense must hold the masked weight of the old bits: only words
+            that change are rewritten.
+
+    Raises: ValueError, TypeError before anything is written.
+    """
+    lists = {"bits": bits, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads}
+    lists |= {"dense": dense, "weights": weights} if dense or weights else {}
+    for name, values in lists.items():
+        if len(values) != len(scores):
+            raise ValueError(f"{name} must have one tensor for each of {len(scores)} scores, got {len(values)}")
+    if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
+        raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r} and {beta2!r}")
+    for i, s in enumerate(scores):
+        _need_matrix(f"scores[{i}]", s)
+        for name, values in lists.items():
+            if name == "bits":
+                _need_bits(s, values[i])
+            else:
+                fp32 = () if name in ("dense", "weights") else (torch.float32, torch.float64)
+                _need_like(f"{name}[{i}]", values[i], s.shape, s.device, fp32)
+            if not values[i].is_contiguous() or not s.is_contiguous():
+                raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
+    if scores:
+        _need_like("factors", factors, (2,), scores[0].device, (torch.float32,))
+        _ops.mask_update_(
+            list(scores), list(bits), list(exp_avgs), list(exp_avg_sqs), list(dense), list(grads), list(weights),
+            factors, beta1, beta2, _need_finite("eps", eps), _need_finite("threshold", threshold),
+        )  # fmt: skip
+        _sync_errors(scores[0].device)

@@ -1,0 +1,168 @@
+"""Regularized mask tuning in plain PyTorch. This file is the whole method.
+
+Every C++, CUDA and Triton kernel is tested against it, and it runs wherever no faster kernel does. It is written to be
+read: no tiling, no tricks.
+
+    bits     = packed(scores > threshold)                                    pack_scores
+    y        = x @ (weight * bits).T + bias                                  masked_linear
+    dx       = g @ (weight * bits)                                           masked_linear_dx
+    g_task   = (softmax(z) - onehot(label)) / B                              logit_cotangents
+    g_general = T * (softmax(z / T) - softmax(teacher / T)) / B              logit_cotangents
+    a        = (g_task.T @ x) * weight + penalty * scores                    mask_grad  (straight-through)
+    b        = (g_general.T @ x) * weight                                    mask_grad
+    P        = (1 + sign(a) * (a + b) / (|a| + |b| + eps)) / 2               keep_probability
+    grad     = a where P > U, else (1 - strength) * a                        gradient_dropout
+    scores  -= Adam(grad);  bits = packed(scores > threshold)                mask_update_
+
+Shapes, everywhere in this package: B images, M = B * tokens rows, K in_features, N out_features, C classes, T tasks.
+    z, teacher (B, C)   x (M, K)   weight, scores (N, K)   bits (N, ceil(K / 32)) int32   g, g_task, g_general (M, N)
+    rng (2,) int64 = [seed, step], on the tensors' device, so that a captured CUDA graph can change it between replays
+
+Source: Zheng et al., Regularized Mask Tuning, ICCV 2023, arXiv:2307.15049; constants from github.com/wuw2019/R-AMT.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# R-AMT's constant, added after the chain rule through W. Not a mere guard: mask gradients near 1e-8 are pulled
+# towards P = 1/2 by it, which is why gradients must never be loss-scaled here.
+GDR_EPS = 1e-8
+LOW32 = 0xFFFFFFFF
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """(N, K) bool -> (N, ceil(K / 32)) int32. Column k is bit k % 32 of word k // 32; pad bits are 0."""
+    planes = F.pad(mask.to(torch.int64), (0, -mask.shape[1] % 32)).unflatten(1, (-1, 32))
+    words = (planes << torch.arange(32, device=mask.device)).sum(-1)
+    return torch.where(words > 0x7FFFFFFF, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    """(N, ceil(K / 32)) int32 -> (N, K) bool. Inverse of `pack_bits`."""
+    planes = bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device) & 1
+    return planes.flatten(1)[:, :in_features].bool()
+
+
+def pack_scores(scores: Tensor, threshold: float) -> Tensor:
+    """(N, K) -> bits of `scores > threshold`: strict, so a score equal to the threshold is off; compared in fp32."""
+    return pack_bits(_accurate(scores) > threshold)
+
+
+def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
+    """(N, K) weight with the off elements set to +0. Exact in any dtype; an off inf or NaN gives 0."""
+    return torch.where(unpack_bits(bits, weight.shape[1]), weight, 0)
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    """(..., K) -> (..., N), in x's dtype. `dense` is `masked_weight(weight, bits)` where the caller keeps it."""
+    dense = masked_weight(weight, bits) if dense is None else dense
+    return F.linear(x, dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | None) -> Tensor:
+    """(..., N) -> (..., K). Cotangent of x."""
+    return g @ (masked_weight(weight, bits) if dense is None else dense).to(g.dtype)
+
+
+def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """(M, K) -> (M, N). Rows offsets[t] .. offsets[t + 1] use bits[t]; bits (T, N, ceil(K / 32)), offsets (T + 1,)."""
+    ends = offsets.tolist()
+    rows = [masked_linear(x[i:j], weight, b, bias, None) for b, i, j in zip(bits, ends, ends[1:])]
+    return torch.cat(rows)
+
+
+def logit_cotangents(logits: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(B, C) logits of the masked and of the frozen model, (B,) labels -> g_task, g_general, both (B, C).
+
+    They are d/dz of mean cross entropy and of T^2 * mean KL(teacher || student), R-AMT's two losses.
+    """
+    z, t = _accurate(logits), _accurate(teacher)
+    g_task = z.softmax(-1) - F.one_hot(label, z.shape[1])
+    g_general = ((z / temperature).softmax(-1) - (t / temperature).softmax(-1)) * temperature
+    return g_task / len(z), g_general / len(z)
+
+
+def keep_probability(a: Tensor, b: Tensor) -> Tensor:
+    """P: 1 where the signs agree, 1/2 where a = 0, towards 0 where b opposes and outweighs a."""
+    return (1 + a.sign() * (a + b) / (a.abs() + b.abs() + GDR_EPS)) / 2
+
+
+def gradient_dropout(
+    grad_task: Tensor, grad_general: Tensor | None, weight: Tensor | None, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    """Gradient of the scores from the two weight gradients g.T @ x, with gradient dropout. Returns (N, K), fp32.
+
+    weight None: the two are gradients of the scores already. grad_general None: no dropout, only the chain rule and
+    the L2 term. penalty (): coefficient / norm(scores), the L2 term's factor, a tensor so that no step waits for the
+    device. strength: R-AMT's lambda; 1 zeroes a dropped element, 0 switches dropout off. stream: number of the layer.
+    """
+    a, b = _accurate(grad_task), None if grad_general is None else _accurate(grad_general)
+    a, b = (a, b) if weight is None else (a * weight, None if b is None else b * weight)
+    a = a if penalty is None else a + penalty * scores
+    if b is None:
+        return a
+    kept = keep_probability(a, b) > philox_uniform(rng, stream, a.shape)
+    return torch.where(kept, a, (1 - strength) * a)
+
+
+def mask_grad(
+    x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    """`gradient_dropout` of the two weight gradients, from the layer's input (M, K) and output cotangents (M, N)."""
+    x = _accurate(x)
+    grads = [None if g is None else _accurate(g).T @ x for g in (g_task, g_general)]
+    return gradient_dropout(*grads, weight, scores, penalty, rng, strength, stream)
+
+
+def adam_factors(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -> Tensor:
+    """(2,) fp32: Adam's step size lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t), on the device of `step` (), t >= 1."""
+    t = step.double()
+    return torch.stack([lr / (1 - beta1**t), (1 - beta2**t).rsqrt()]).float()
+
+
+def mask_update_(
+    scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
+    grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
+    threshold: float,
+) -> None:  # fmt: skip
+    """One Adam step for every layer, then bits and, where `dense` is not empty, the masked weight. Writes in place."""
+    for i, (s, m, v, g) in enumerate(zip(scores, exp_avgs, exp_avg_sqs, grads)):
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        s.sub_(m * factors[0] / (v.sqrt() * factors[1] + eps))
+        bits[i].copy_(pack_scores(s, threshold))
+        if dense:
+            dense[i].copy_(masked_weight(weights[i], bits[i]))
+
+
+def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """Uniforms in [0, 1), fp32, a function of (seed, step, stream, flat index) alone: Philox-4x32-10.
+
+    Key (seed low, seed high + stream), counter (index // 4 as 64 bits, step as 64 bits), word index % 4, upper 24 bits.
+    """
+    numel = torch.Size(shape).numel()
+    group = torch.arange(-(-numel // 4), device=rng.device)
+    seed, step = rng.unbind()
+    c0, c1, c2, c3 = group & LOW32, group >> 32, step & LOW32, step >> 32 & LOW32
+    k0, k1 = seed & LOW32, (seed >> 32) + stream & LOW32
+    for _ in range(10):
+        (h0, l0), (h2, l2) = _mul32(c0, 0xD2511F53), _mul32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = h2 ^ c1 ^ k0, l2, h0 ^ c3 ^ k1, l0
+        k0, k1 = k0 + 0x9E3779B9 & LOW32, k1 + 0xBB67AE85 & LOW32
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1).flatten()[:numel]
+    return ((words >> 8).float() * 2.0**-24).reshape(shape)
+
+
+def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b, for a, b < 2**32, without overflowing int64."""
+    low = (a & 0xFFFF) * b
+    high = (a >> 16) * b + (low >> 16)
+    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+
+
+def _accurate(x: Tensor) -> Tensor:
+    """fp32, or fp64 where the caller works in fp64."""
+    return x if x.dtype == torch.float64 else x.float()
