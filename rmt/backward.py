@@ -1,0 +1,138 @@
+"""One call that runs both cotangents and leaves the dropped-out gradient in every layer's `scores.grad`."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+import rmt_kernels
+
+from .modules import Mask, masks
+
+Loss = Tensor | tuple[Tensor, Tensor]
+
+
+def backward(
+    task: Loss, general: Loss | None, model: nn.Module | Iterable[Mask], *, strength: float = 1.0,
+    seed: int | Tensor = 0, step: int | Tensor = 0, l2: float = 1e-4, retain_graph: bool = False,
+) -> None:  # fmt: skip
+    """Sets `scores.grad` of every masked weight from two losses, with gradient dropout.
+
+    Each layer's two output cotangents are taken from the graph and handed to `rmt_kernels.mask_grad` in one go, so no
+    weight-sized gradient of either loss is kept. A layer used more than once contributes all its rows. Where the graph
+    does not show a layer's products (inside `torch.compile`, or scores used in some other way), autograd computes the
+    two score gradients and only the dropout is fused: the same numbers. `.grad` is replaced, not added to: dropout is
+    nonlinear, so adding dropped-out gradients of two batches is not the gradient of both.
+
+    Args:
+        task: scalar loss, or a pair (tensor, its cotangent).
+        general: the same for the loss that ties the model to zero-shot CLIP, or None for no dropout.
+        model: whose masks are meant, or those masks. A mask's position is its random stream.
+        strength: R-AMT's lambda, in [0, 1]: 1 zeroes dropped elements, 0 is no dropout.
+        seed, step: every draw depends on them, the mask's position and the element; 0-d int64 tensors stay on device.
+        l2: coefficient of the per-tensor L2 norm (not squared) that joins the task gradient before the dropout.
+        retain_graph: keep the graph for another call.
+
+    Raises: ValueError where nothing masked is reached from `task`, or for a strength outside [0, 1].
+    """
+    found = masks(model) if isinstance(model, nn.Module) else list(model)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength!r}")
+    losses = [_pair(loss) for loss in (task, general) if loss is not None]
+    uses, opaque = _uses(losses[0][0], {id(m.scores): i for i, m in enumerate(found)})
+    if not uses and not opaque:
+        raise ValueError(f"the task loss does not depend on any of the {len(found)} masked weights given")
+    edges = [GradientEdge(node, 0) for nodes in uses.values() for node in nodes]
+    inputs = edges + [found[i].scores for i in opaque]
+    grads = []
+    for n, (output, cotangent) in enumerate(losses):
+        keep = retain_graph or n + 1 < len(losses)
+        grads.append(torch.autograd.grad(output, inputs, cotangent, keep or bool(edges), allow_unused=True))
+    with torch.no_grad():
+        _set_grads(found, uses, opaque, grads, strength, seed, step, l2)
+
+
+def _pair(loss: Loss) -> tuple[Tensor, Tensor | None]:
+    output, cotangent = loss if isinstance(loss, tuple) else (loss, None)
+    if not isinstance(output, Tensor) or output.grad_fn is None:
+        raise ValueError("a loss must be a tensor with a graph, or a pair (tensor with a graph, cotangent)")
+    if cotangent is None and output.numel() != 1:
+        raise ValueError(f"a loss without cotangent must be a scalar, got shape {tuple(output.shape)}")
+    return output, cotangent
+
+
+def _uses(output: Tensor, index: dict[int, int]) -> tuple[dict[int, list], list[int]]:
+    """Walks the graph. Returns {mask: nodes of its products} and the masks that are used in any other way."""
+    uses, opaque, seen, stack = defaultdict(list), set(), set(), [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            mask = index.get(id(getattr(child, "variable", None)))
+            if mask is not None:
+                if hasattr(node, "rmt_op"):
+                    uses[mask].append(node)
+                else:
+                    opaque.add(mask)
+            elif child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return {i: nodes for i, nodes in uses.items() if i not in opaque}, sorted(opaque)
+
+
+def _set_grads(found, uses, opaque, grads, strength, seed, step, l2) -> None:
+    device = found[0].scores.device
+    rng = torch.stack([torch.as_tensor(v, dtype=torch.int64, device=device) for v in (seed, step)])
+    cotangents = list(zip(*grads))  # one tuple (task, general) for each input, in the order of `inputs`
+    taken = 0
+    for i, nodes in uses.items():
+        mine = cotangents[taken : taken + len(nodes)]
+        taken += len(nodes)
+        found[i].scores.grad = _fused(found[i], nodes, mine, _penalty(found[i], l2), rng, strength, i)
+    for i, (a, b) in zip(opaque, _padded(cotangents[taken:])):
+        mask = found[i]
+        a = torch.zeros_like(mask.scores) if a is None else a
+        mask.scores.grad = rmt_kernels.gradient_dropout(
+            a, b, None, mask.scores, penalty=_penalty(mask, l2), rng=rng, strength=strength, stream=i
+        )
+
+
+def _penalty(mask: Mask, l2: float) -> Tensor | None:
+    # The subgradient at 0 is 0, as torch.norm's: the clamp keeps 0 / 0 out.
+    return l2 / mask.scores.norm().clamp_min(torch.finfo(torch.float32).tiny) if l2 else None
+
+
+def _padded(pairs: list[tuple]) -> list[tuple]:
+    return [(*pair, None)[:2] for pair in pairs]
+
+
+def _fused(mask: Mask, nodes: list, cotangents: list[tuple], penalty, rng, strength: float, stream: int) -> Tensor:
+    """Gradient of one mask's scores from the cotangents at its products."""
+    options = {"penalty": penalty, "rng": rng, "strength": strength, "stream": stream}
+    pairs = _padded(cotangents)
+    has_general = len(cotangents[0]) == 2
+    if all(node.rmt_op == "masked_linear" for node in nodes):
+        rows = [node.saved_tensors[0].flatten(0, -2) for node in nodes]
+        sides = [[_or_zeros(p[s], r, mask) for p, r in zip(pairs, rows)] for s in (0, 1)]
+        x, a, b = (torch.cat(t) if len(t) > 1 else t[0] for t in (rows, *sides))
+        return rmt_kernels.mask_grad(x, a, b if has_general else None, mask.weight, mask.scores, **options)
+    totals = [torch.zeros_like(mask.scores) for _ in range(1 + has_general)]
+    for node, pair in zip(nodes, pairs):
+        for total, g in zip(totals, pair):
+            if g is not None:
+                total += _weight_gradient(node, g)
+    return rmt_kernels.gradient_dropout(
+        totals[0], totals[1] if has_general else None, mask.weight, mask.scores, **options
+    )
+
+
+def _or_zeros(g: Tensor | None, rows: Tensor, mask: Mask) -> Tensor:
+    return rows.new_zeros(len(rows), mask.weight.shape[0]) if g is None else g.flatten(0, -2)
+
+
+def _weight_gradient(node, g: Tensor) -> Tensor:
+    """(N, K) gradient of the masked weight at one product."""
+    if node.rmt_op == "masked_weight":
+        return g.float()
+    return g.flatten(0, -2).float().T @ node.saved_tensors[0].flatten(0, -2).float()

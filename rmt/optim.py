@@ -1,0 +1,63 @@
+"""Adam over mask scores: one call updates every layer's scores, bits and cached masked weight."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+import rmt_kernels
+
+from .modules import Mask, masks
+
+
+class MaskAdam(torch.optim.Optimizer):
+    """`torch.optim.Adam` (no weight decay) fused with thresholding and repacking.
+
+    Args:
+        model: a model with masked modules, or their masks.
+        lr: step size. Learning-rate schedulers of torch work.
+        betas, eps: Adam's.
+
+    Raises: ValueError where there is nothing to train, or masks differ in threshold.
+    """
+
+    def __init__(
+        self, model: nn.Module | Iterable[Mask], lr: float = 8e-5, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:  # fmt: skip
+        self.masks = masks(model) if isinstance(model, nn.Module) else list(model)
+        if not self.masks:
+            raise ValueError("the model has no masked weights: swap some layers for rmt's masked ones first")
+        thresholds = {m.module.threshold for m in self.masks}
+        if len(thresholds) > 1:
+            raise ValueError(f"all masks must have one threshold, got {sorted(thresholds)}")
+        self.threshold = thresholds.pop()
+        super().__init__([m.scores for m in self.masks], {"lr": lr, "betas": betas, "eps": eps, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One Adam step. Masks whose scores have no gradient keep theirs."""
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        group = self.param_groups[0]
+        live = [m for m in self.masks if m.scores.grad is not None]
+        if not live:
+            return
+        # One count for all: a mask that had no gradient in some step is bias-corrected as if it had.
+        step = group["step"] = group["step"] + 1
+        for mask in live:
+            mask.refresh()
+            if not self.state[mask.scores]:
+                averages = (torch.zeros_like(mask.scores) for _ in range(2))
+                self.state[mask.scores] = dict(zip(("exp_avg", "exp_avg_sq"), averages))
+        states = [self.state[m.scores] for m in live]
+        rmt_kernels.mask_update_(
+            [m.scores for m in live], [m.bits for m in live], [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states], [m.scores.grad for m in live],
+            rmt_kernels.adam_factors(torch.tensor(step, device=live[0].scores.device), group["lr"], *group["betas"]),
+            dense=[m.dense for m in live], weights=[m.weight for m in live],
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
+        )  # fmt: skip
+        for mask in live:
+            mask.module.mark_fresh(mask.prefix)
