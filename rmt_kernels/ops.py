@@ -244,6 +244,13 @@ def _need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
         _need_like("rng", rng, (2,), device, (torch.int64,))
 
 
+def _may_wait(scores: Tensor) -> bool:
+    """Whether to look for NaN here: not where that would wait for the device, nor where the kernel looks itself."""
+    if scores.device.type == "cpu":
+        return backends.choose("pack_scores", "cpu", (scores, 0.0)) != "cpu"
+    return os.environ.get("RMT_SYNC_ERRORS") == "1"
+
+
 def _sync_errors(device: torch.device) -> None:
     """RMT_SYNC_ERRORS=1: an asynchronous CUDA error surfaces in the call that caused it."""
     if device.type == "cuda" and os.environ.get("RMT_SYNC_ERRORS") == "1" and not torch.compiler.is_compiling():
@@ -274,11 +281,8 @@ def pack_scores(scores: Tensor, threshold: float) -> Tensor:
     """
     _need_matrix("scores", scores)
     threshold = _need_finite("threshold", threshold)
-    if not torch.compiler.is_compiling():
-        wait = scores.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1"
-        # The sum of a tensor with a NaN is NaN (so is inf - inf, hence the second look); one read, no temporary.
-        if wait and scores.sum().isnan() and scores.isnan().any():
-            raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
+    if not torch.compiler.is_compiling() and _may_wait(scores) and scores.isnan().any():
+        raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
     return _ops.pack_scores(scores, threshold)
 
 

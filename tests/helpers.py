@@ -17,10 +17,14 @@ def shape_id(shape) -> str:
     return "M{}-N{}-K{}".format(*shape)
 
 
-def assert_no_worse(got: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0) -> None:
+def assert_no_worse(
+    got: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0, scale: Tensor | None = None
+) -> None:
     """`got` may be `factor` times as far from the float64 truth as `plain`, the reference run in the kernel's dtype.
 
-    One ulp of the output's scale in got's dtype is added, for where the reference happens to be exact.
+    One ulp of the output's scale in got's dtype is added, for where the reference happens to be exact. For a product
+    of few outputs give the largest sum of absolute terms as `scale`: summation order alone moves a result by an ulp of
+    it, and the reference's own error over a handful of outputs is luck.
     """
     assert got.shape == truth.shape, f"shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert got.dtype == plain.dtype, f"dtype {got.dtype}, expected {plain.dtype}"
@@ -28,7 +32,7 @@ def assert_no_worse(got: Tensor, plain: Tensor, truth: Tensor, factor: float = 2
         return
     assert not got.isnan().any(), f"{int(got.isnan().sum())} elements were left unwritten or are NaN"
     error, allowed = (got.double() - truth).abs().max(), (plain.double() - truth).abs().max()
-    ulp = torch.finfo(got.dtype).eps * truth.abs().max()
+    ulp = torch.finfo(got.dtype).eps * (truth.abs().max() if scale is None else scale.max())
     assert error <= factor * allowed + ulp, f"error {error:.3e}, reference's {allowed:.3e}, one ulp {ulp:.3e}"
 
 
@@ -40,7 +44,7 @@ def assert_same_dropout(got: Tensor, a: Tensor, b: Tensor, uniform: Tensor, stre
     scale = 1e-4 * a.abs() + 1e-6 * a.abs().max()
     wrong = clear & ((got.double() - want).abs() > scale)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} elements differ where |P - U| > 1e-4"
-    assert clear.double().mean() > 0.99, "the test data must leave nearly all decisions clear"
+    assert (~clear).sum() <= 2 + 0.01 * clear.numel(), "the test data must leave nearly all decisions clear"
 
 
 def layer(shape, dtype=torch.float32, device="cpu", seed=0) -> dict[str, Tensor]:

@@ -1,9 +1,195 @@
-"""C++ kernels for CPU tensors (csrc/cpu)."""
+"""C++ kernels for CPU tensors (csrc/cpu): one build for all instruction sets, chosen when loaded.
+
+Weight-sized work is fused and runs on torch's OpenMP threads. Products of few rows run straight from the words;
+larger ones are torch's own GEMM over the masked weight, which the caller keeps in `dense` or which is made here.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .native import DTYPES, extension, missing
+
+# Up to this many rows the fused product beats torch's GEMM over a ready masked weight: bench/results/cpu_small_m.json,
+# written by `python bench/small_m.py`.
+SMALL_M = {torch.float32: 8, torch.bfloat16: 2}
+ISA = None if extension is None else extension.cpu_isa()
 
 
-def unavailable(device):
-    return "the C++ extension is not built"
+def unavailable(device: str) -> str | None:
+    if device != "cpu":
+        return "CPU kernels only"
+    return missing
 
 
-def lacks(name, args):
-    return None
+def lacks(name: str, args: tuple) -> str | None:
+    if name in ("masked_linear", "masked_linear_dx", "mask_grad", "grouped_masked_linear", "masked_weight"):
+        # Each of these falls back to torch's product inside, over a masked weight made by these kernels.
+        return None if all(_dense_dtype(t) for t in args if _is_float(t)) else "float64 and others run the reference"
+    if name in ("pack_bits", "unpack_bits"):
+        return None
+    if name == "pack_scores":
+        return None if args[0].dtype in (torch.float32, torch.float16, torch.bfloat16) else f"no {args[0].dtype}"
+    tensors = [t for group in args for t in (group if isinstance(group, list) else [group]) if _is_float(t)]
+    allowed = (torch.float32,) if name == "mask_update_" else tuple(SMALL_M) + (torch.float16,)
+    if name == "mask_update_":
+        scores, dense, weights = args[0], args[4], args[6]
+        if any(t.dtype != torch.float32 for group in (scores, args[2], args[3], args[5]) for t in group):
+            return "fp32 scores, moments and gradients only"
+        return None if all(a.dtype == b.dtype for a, b in zip(dense, weights)) else "dense and weight differ in dtype"
+    return None if all(t.dtype in allowed for t in tensors) else "float64 and others run the reference"
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _dense_dtype(t: Tensor) -> bool:
+    return t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _threads(numel: int) -> int:
+    # Below some 16k elements starting a second thread costs more than it brings.
+    return torch.get_num_threads() if numel >= 16384 else 1
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _words(k: int) -> int:
+    return (k + 31) // 32
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    mask = mask.contiguous()
+    n, k = mask.shape
+    bits = torch.empty((n, _words(k)), dtype=torch.int32)
+    extension.cpu_pack_bits(mask.data_ptr(), n, k, bits.data_ptr(), _threads(n * k))
+    return bits
+
+
+def pack_scores(scores: Tensor, threshold: float) -> Tensor:
+    scores = scores.float().contiguous()
+    n, k = scores.shape
+    bits = torch.empty((n, _words(k)), dtype=torch.int32)
+    if extension.cpu_pack_scores(scores.data_ptr(), n, k, threshold, bits.data_ptr(), _threads(n * k)):
+        raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
+    return bits
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    bits = bits.contiguous()
+    mask = torch.empty((bits.shape[0], in_features), dtype=torch.bool)
+    extension.cpu_unpack_bits(
+        bits.data_ptr(), bits.shape[0], in_features, mask.data_ptr(), _threads(bits.shape[0] * in_features)
+    )
+    return mask
+
+
+def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    n, k = weight.shape
+    out = torch.empty_like(weight)
+    extension.cpu_masked_weight(
+        weight.data_ptr(), bits.data_ptr(), n, k, weight.element_size(), out.data_ptr(), _threads(n * k)
+    )
+    return out
+
+
+def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the C++ product takes these operands as they are."""
+    return (
+        x.dim() == 2
+        and x.dtype in SMALL_M
+        and (x.dtype == torch.float32 or extension.cpu_has_bf16())
+        and weight.dtype == x.dtype
+        and (bias is None or bias.dtype == x.dtype)
+        and weight.is_contiguous()
+    )
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    if x.numel() <= SMALL_M.get(x.dtype, 0) * x.shape[-1] and x.numel():
+        rows = x.flatten(0, -2) if x.dim() != 1 else x[None]
+        if _fused(rows, weight, bias):
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            n, k = weight.shape
+            y = torch.empty((rows.shape[0], n), dtype=x.dtype)
+            extension.cpu_masked_linear_single(
+                rows.data_ptr(), weight.data_ptr(), bits.data_ptr(), _ptr(bias), rows.shape[0], y.data_ptr(),
+                DTYPES[str(x.dtype)], n, k, rows.stride(0), _threads(n * k),
+            )  # fmt: skip
+            return y.view(*x.shape[:-1], n)
+    return reference.masked_linear(x, weight, bits, bias, masked_weight(weight, bits) if dense is None else dense)
+
+
+def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | None) -> Tensor:
+    return reference.masked_linear_dx(g, weight, bits, masked_weight(weight, bits) if dense is None else dense)
+
+
+def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    n, k = weight.shape
+    ends = offsets.tolist()
+    small = max(j - i for i, j in zip(ends, ends[1:])) <= SMALL_M.get(x.dtype, 0)
+    if small and _fused(x, weight, bias):
+        x = x if x.stride(1) == 1 else x.contiguous()
+        y = torch.empty((x.shape[0], n), dtype=x.dtype)
+        extension.cpu_masked_linear(
+            x.data_ptr(), weight.data_ptr(), bits.data_ptr(), _ptr(bias), offsets.data_ptr(), y.data_ptr(),
+            DTYPES[str(x.dtype)], bits.shape[0], n, k, x.stride(0), _threads(n * k),
+        )  # fmt: skip
+        return y
+    y = torch.empty((x.shape[0], n), dtype=x.dtype)
+    for task, (i, j) in enumerate(zip(ends, ends[1:])):
+        if j > i:
+            y[i:j] = masked_linear(x[i:j], weight, bits[task], bias, None)
+    return y
+
+
+def mask_grad(
+    x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    x = x.float()
+    grads = [None if g is None else g.float().T @ x for g in (g_task, g_general)]
+    return gradient_dropout(*grads, weight, scores, penalty, rng, strength, stream)
+
+
+def gradient_dropout(
+    grad_task: Tensor, grad_general: Tensor | None, weight: Tensor | None, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    task, general, scores = (None if t is None else t.float().contiguous() for t in (grad_task, grad_general, scores))
+    if weight is not None:
+        weight = (weight.float() if weight.dtype == torch.float16 else weight).contiguous()
+    grad = torch.empty_like(task)
+    seed, step = (0, 0) if general is None else rng.tolist()
+    extension.cpu_gradient_dropout(
+        task.data_ptr(), _ptr(general), _ptr(weight), 0 if weight is None else DTYPES[str(weight.dtype)],
+        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), strength, seed, step,
+        stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
+    )  # fmt: skip
+    return grad
+
+
+def mask_update_(
+    scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
+    grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
+    threshold: float,
+) -> None:  # fmt: skip
+    step_size, denom_scale = factors.tolist()
+    for i, s in enumerate(scores):
+        n, k = s.shape
+        d, w = (dense[i], weights[i]) if dense else (None, None)
+        extension.cpu_mask_update(
+            s.data_ptr(), bits[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), _ptr(d), _ptr(w),
+            0 if d is None else d.element_size(), grads[i].data_ptr(), n, k, step_size, denom_scale, beta1, beta2,
+            eps, threshold, _threads(n * k),
+        )  # fmt: skip
+
+
+def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    out = torch.empty(shape, dtype=torch.float32)
+    extension.cpu_uniform(*rng.tolist(), stream, out.data_ptr(), out.numel(), _threads(out.numel()))
+    return out

@@ -1,0 +1,82 @@
+// CPU kernels of regularized mask tuning. Formulas and shapes: rmt_kernels/reference.py.
+//
+// Every kernel is compiled once per instruction set (a namespace each, picked at run time by `kernels()`), takes raw
+// pointers to contiguous rows unless a stride is given, and splits its work by rows or by elements, never by a
+// reduction: results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace rmt::cpu {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// State of the draws: see philox_uniform in reference.py.
+struct Draw {
+  uint64_t seed;
+  uint64_t step;
+  uint32_t stream;
+};
+
+struct GradientDropout {
+  const float* grad_task;     // [numel]
+  const float* grad_general;  // [numel] or null: no dropout
+  const void* weight;         // [numel] of weight_dtype, or null: the gradients are the scores' own
+  DType weight_dtype;
+  const float* scores;  // [numel] or null
+  float penalty;        // factor of the L2 term, 0 without one
+  float strength;       // lambda
+  Draw draw;
+  float* grad;  // [numel], out
+  int64_t numel;
+};
+
+struct MaskUpdate {
+  float* scores;      // [N, K]
+  uint32_t* bits;     // [N, ceil(K / 32)]
+  float* exp_avg;     // [N, K]
+  float* exp_avg_sq;  // [N, K]
+  void* dense;        // [N, K] of 2 or 4 bytes an element, or null; rewritten only where a word changes
+  const void* weight;  // [N, K], dense's type
+  int itemsize;
+  const float* grad;  // [N, K]
+  int64_t n, k;
+  float step_size, denom_scale;  // reference.adam_factors
+  float rest1, beta2, rest2;  // 1 - beta1, beta2, 1 - beta2: subtracted in double, 1 - 0.999f is off by 5e-5
+  float eps, threshold;
+};
+
+struct MaskedLinear {
+  const void* x;         // [M, K], row stride x_stride
+  const void* weight;    // [N, K]
+  const uint32_t* bits;  // [T, N, ceil(K / 32)]
+  const void* bias;      // [N] or null
+  const int64_t* offsets;  // [T + 1], rows of task t
+  void* y;                 // [M, N], out
+  DType dtype;             // of x, weight, bias and y
+  int64_t tasks, n, k, x_stride;
+};
+
+struct Kernels {
+  const char* isa;
+  bool has_bf16;  // masked_linear in bf16
+  int64_t (*pack_scores)(const float* scores, int64_t n, int64_t k, float threshold, uint32_t* bits, int threads);
+  void (*pack_bits)(const uint8_t* mask, int64_t n, int64_t k, uint32_t* bits, int threads);
+  void (*unpack_bits)(const uint32_t* bits, int64_t n, int64_t k, uint8_t* mask, int threads);
+  void (*masked_weight)(const void* weight, const uint32_t* bits, int64_t n, int64_t k, int itemsize, void* out, int threads);
+  void (*gradient_dropout)(const GradientDropout& p, int threads);
+  void (*mask_update)(const MaskUpdate& p, int threads);
+  void (*masked_linear)(const MaskedLinear& p, int threads);
+  void (*uniform)(const Draw& draw, float* out, int64_t numel, int threads);
+};
+
+namespace baseline { extern const Kernels table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+#endif
+
+// The widest set this processor has; RMT_CPU_ISA=baseline|avx2|avx512 asks for a narrower one.
+const Kernels& kernels();
+
+}  // namespace rmt::cpu

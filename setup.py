@@ -1,0 +1,185 @@
+"""Builds rmt_kernels._C from csrc/ with pybind11 and ninja, without torch.
+
+C++ always (one object per instruction set), CUDA where nvcc is found, GPU or not. What cannot be built is said in one
+line and left out: no nvcc, CPU only; no C++ compiler, pure Python. The reason is kept in rmt_kernels/_build_info.json,
+where `rmt doctor` reads it. Environment:
+    RMT_FORCE_BUILD=1    what cannot be built is an error
+    RMT_CUDA_ARCHS       compute capabilities, default "80;90a;80+PTX"; empty: no CUDA
+    CXX, NVCC            compilers
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+DEFAULT_ARCHS = "80;90a;80+PTX"
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-DRMT_AVX2"],
+    "avx512": [
+        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mprefer-vector-width=512",
+        "-DRMT_AVX512",
+    ],
+}  # fmt: skip
+# No -ffast-math: NaN and signed zero must behave as in the reference. -fno-math-errno lets sqrt become an instruction.
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+
+class Unavailable(Exception):
+    """Why a part is not built."""
+
+
+def find_cxx() -> str:
+    name = os.environ.get("CXX", "c++")
+    found = shutil.which(name.split()[0])
+    if found is None:
+        raise Unavailable(f"no C++ compiler: {name!r} is not on the PATH")
+    return found
+
+
+def supports(cxx: str, flags: list[str], tmp: Path) -> bool:
+    source = tmp / "probe.cpp"
+    source.write_text("int main() { return 0; }\n")
+    command = [cxx, *flags, str(source), "-o", str(tmp / "probe")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def find_nvcc() -> str:
+    if not os.environ.get("RMT_CUDA_ARCHS", DEFAULT_ARCHS):
+        raise Unavailable("RMT_CUDA_ARCHS is empty")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    for candidate in filter(None, candidates):
+        found = shutil.which(candidate)
+        if found:
+            return found
+    raise Unavailable("no nvcc on the PATH, in CUDA_HOME or NVCC")
+
+
+def gencode() -> list[str]:
+    flags = []
+    for arch in os.environ.get("RMT_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";"):
+        number, ptx = arch.strip().removesuffix("+PTX"), arch.strip().endswith("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+    return flags
+
+
+def first_line(command: list[str], pick: int = 0) -> str:
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.strip().splitlines()
+    return lines[pick] if lines else "unknown"
+
+
+class NinjaBuild(build_ext):
+    """One extension, compiled by ninja with flags of its own for each source."""
+
+    def build_extension(self, ext: Extension) -> None:
+        tmp = Path(self.build_temp).resolve()
+        tmp.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        info = {"python": platform.python_version(), "machine": platform.machine(), "cpu": None, "cuda": None}
+        forced = os.environ.get("RMT_FORCE_BUILD") == "1"
+        try:
+            try:
+                self.compile(tmp, target, info, cuda=True)
+            except Unavailable as reason:
+                if forced:
+                    raise
+                info["cuda"] = f"not built: {reason}"
+                print(f"rmt: CPU only, {reason}", file=sys.stderr)
+                self.compile(tmp, target, info, cuda=False)
+        except Unavailable as reason:
+            if forced:
+                raise SystemExit(f"rmt: RMT_FORCE_BUILD=1 and {reason}") from None
+            info["cpu"] = info["cuda"] = f"not built: {reason}"
+            target.unlink(missing_ok=True)
+            print(f"rmt: pure Python, {reason}", file=sys.stderr)
+        self.info = info
+
+    def run(self) -> None:
+        super().run()
+        self.record(self.info)
+
+    def compile(self, tmp: Path, target: Path, info: dict, cuda: bool) -> None:
+        import ninja
+        import pybind11
+
+        cxx = find_cxx()
+        nvcc = find_nvcc() if cuda else None
+        openmp = ["-fopenmp"] if supports(cxx, ["-fopenmp"], tmp) else []
+        isas = [isa for isa, flags in ISA_FLAGS.items() if platform.machine() in ("x86_64", "AMD64") or not flags]
+        info["cpu"] = {"compiler": first_line([cxx, "--version"]), "isas": isas, "openmp": bool(openmp)}
+        includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{tmp}"]
+        if cuda:
+            cuda_home = Path(nvcc).resolve().parent.parent
+            sources = sorted(str(p.relative_to(CSRC)) for p in (CSRC / "cuda").glob("*.cu"))
+            info["cuda"] = {"nvcc": first_line([nvcc, "--version"], -1), "archs": gencode(), "sources": sources}
+            includes += [f"-I{cuda_home / 'include'}", "-DRMT_WITH_CUDA"]
+        (tmp / "build_info.h").write_text(f"#define RMT_BUILD_INFO {json.dumps(json.dumps(info))}\n")
+
+        edges, objects = [], []
+
+        def compile_to(rule: str, source: Path, name: str, flags: list[str]) -> None:
+            objects.append(f"{name}.o")
+            edges.append(f"build {name}.o: {rule} {escape(source)}\n  flags = {' '.join(flags)}\n")
+
+        plain = [*CXX_FLAGS, *openmp, *includes]
+        compile_to("cxx", CSRC / "bindings.cpp", "bindings", plain)
+        compile_to("cxx", CSRC / "cpu" / "dispatch.cpp", "dispatch", plain)
+        for isa in isas:
+            for source in ("elementwise", "masked_linear"):
+                flags = [*plain, f"-DRMT_ISA={isa}", *ISA_FLAGS[isa]]
+                compile_to("cxx", CSRC / "cpu" / f"{source}.cpp", f"{source}_{isa}", flags)
+        if cuda:
+            nvcc_flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode()]
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                compile_to("nvcc", source, f"cuda_{source.stem}", [*nvcc_flags, f"-I{CSRC}"])
+            compile_to("cxx", CSRC / "cuda" / "bindings.cpp", "cuda_bindings", plain)
+
+        # nvcc links its runtime statically: the extension loads without any CUDA installed.
+        link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp) or '-fPIC'}" if cuda else None
+        link = link or f"{cxx} -shared {' '.join(openmp)}"
+        if sys.platform == "darwin":
+            link += " -undefined dynamic_lookup"
+        rules = [
+            f"rule cxx\n  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n",
+            f"rule nvcc\n  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n",
+            f"rule link\n  command = {link} $in -o $out\n",
+            *edges,
+            f"build {escape(target)}: link {' '.join(objects)}\n",
+        ]
+        (tmp / "build.ninja").write_text("\n".join(rules))
+        binary = Path(ninja.BIN_DIR) / "ninja"
+        done = subprocess.run([str(binary), "-C", str(tmp)], capture_output=True, text=True)
+        if done.returncode:
+            print(done.stdout, done.stderr, file=sys.stderr)
+            raise Unavailable(f"{'CUDA' if cuda else 'C++'} compilation failed (compiler output above)")
+
+    def record(self, info: dict) -> None:
+        homes = [ROOT] if self.inplace else [Path(self.build_lib)]
+        for home in homes:
+            path = home / "rmt_kernels" / "_build_info.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(info, indent=2) + "\n")
+
+
+def escape(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+setup(
+    # optional: setuptools then installs without the extension where it could not be built.
+    ext_modules=[Extension("rmt_kernels._C", sources=[], optional=os.environ.get("RMT_FORCE_BUILD") != "1")],
+    cmdclass={"build_ext": NinjaBuild},
+)
