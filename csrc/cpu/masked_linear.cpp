@@ -83,7 +83,11 @@ struct F32 {
   }
 
   static void load(uint32_t word, uint32_t live, const float* from, float* to) {
-    if (live == 0xFFFFFFFFu) return select32(word, reinterpret_cast<const uint32_t*>(from), reinterpret_cast<uint32_t*>(to));
+    if (live == 0xFFFFFFFFu) {
+      for (int j = 0; j < 32; ++j) to[j] = word >> j & 1 ? from[j] : 0.0f;
+      return;
+    }
+    // Columns past the row's end are not read.
     for (int j = 0; j < 32; ++j) to[j] = word >> j & 1 ? from[j] : 0.0f;
   }
 };
