@@ -147,9 +147,7 @@ class FusedMaskedLinear(MaskedModule, nn.Linear):
         self._add_masks(init, threshold)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Linear, init: float = INIT, threshold: float = THRESHOLD
-    ) -> "FusedMaskedLinear":
+    def from_linear(cls, linear: nn.Linear, init: float = INIT, threshold: float = THRESHOLD) -> "FusedMaskedLinear":
         """A masked layer on `linear`'s own weight and bias tensors (shared, and frozen from now on)."""
         _need_module(linear, nn.Linear)
         layer = cls(
@@ -179,9 +177,7 @@ class FusedMaskedConv2d(MaskedModule, nn.Conv2d):
     """
 
     @classmethod
-    def from_module(
-        cls, conv: nn.Conv2d, init: float = INIT, threshold: float = THRESHOLD
-    ) -> "FusedMaskedConv2d":
+    def from_module(cls, conv: nn.Conv2d, init: float = INIT, threshold: float = THRESHOLD) -> "FusedMaskedConv2d":
         """A masked layer on `conv`'s own weight and bias tensors."""
         _need_module(conv, nn.Conv2d)
         layer = cls(
@@ -290,10 +286,7 @@ def _masked_attention(attn: nn.Module, init: float, threshold: float) -> nn.Modu
             f"out_proj, got {type(attn).__name__}"
         )
     host = type(attn)
-    body = {
-        "mask_prefixes": ("in_proj_",),
-        "in_proj_weight": property(lambda self: self._masked_weight("in_proj_")),
-    }
+    body = {"mask_prefixes": ("in_proj_",), "in_proj_weight": property(lambda self: self._masked_weight("in_proj_"))}
     layer = copy.copy(attn)
     layer.__class__ = type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
     return _mask_attention(layer, init, threshold)

@@ -3,8 +3,8 @@
 from . import reference
 from .backends import BackendUnavailable, explain, use_backend
 from .ops import (
-    grouped_masked_linear,
     gradient_dropout,
+    grouped_masked_linear,
     mask_grad,
     mask_update_,
     masked_linear,
@@ -18,7 +18,23 @@ from .ops import (
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
 
 __all__ = [
-    "BackendUnavailable", "adam_factors", "explain", "grouped_masked_linear", "gradient_dropout", "keep_probability",
-    "logit_cotangents", "mask_grad", "mask_update_", "masked_linear", "masked_linear_dx", "masked_weight",
-    "pack_bits", "pack_scores", "philox_uniform", "reference", "rng_state", "unpack_bits", "use_backend",
+    "BackendUnavailable",
+    "adam_factors",
+    "explain",
+    "gradient_dropout",
+    "grouped_masked_linear",
+    "keep_probability",
+    "logit_cotangents",
+    "mask_grad",
+    "mask_update_",
+    "masked_linear",
+    "masked_linear_dx",
+    "masked_weight",
+    "pack_bits",
+    "pack_scores",
+    "philox_uniform",
+    "reference",
+    "rng_state",
+    "unpack_bits",
+    "use_backend",
 ]  # fmt: skip

@@ -91,11 +91,8 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.rmt_kernels
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------------
-
-
 def _masked_linear_setup(ctx, inputs, output):
-    x, weight, bits, bias, dense, scores = inputs
+    x, weight, bits, _bias, dense, scores = inputs
     ctx.save_for_backward(x, weight, bits, dense)
     # What `rmt.backward` looks for when it walks the graph.
     ctx.rmt_op, ctx.scores_dtype = "masked_linear", None if scores is None else scores.dtype
@@ -136,9 +133,6 @@ torch.library.register_autograd(
 )
 
 
-# --- vmap: stacked cotangents cross a layer as more rows ----------------------------------------------------------------
-
-
 def _batch_first(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
@@ -160,7 +154,8 @@ def _masked_linear_dx_vmap(info, in_dims, g, *rest):
 
 def _mask_grad_vmap(info, in_dims, x, g_task, g_general, weight, *rest):
     _only_rows_may_be_batched("mask_grad", in_dims, (0, 1, 2))
-    parts = [None if t is None else _batch_first(t, d, info.batch_size) for t, d in zip((x, g_task, g_general), in_dims)]
+    tensors = zip((x, g_task, g_general), in_dims)
+    parts = [None if t is None else _batch_first(t, d, info.batch_size) for t, d in tensors]
     rows = zip(parts[0], parts[1], parts[2] if parts[2] is not None else [None] * info.batch_size)
     return torch.stack([_ops.mask_grad(*row, weight, *rest) for row in rows]), 0
 
@@ -168,9 +163,6 @@ def _mask_grad_vmap(info, in_dims, x, g_task, g_general, weight, *rest):
 torch.library.register_vmap("rmt_kernels::masked_linear", _masked_linear_vmap)
 torch.library.register_vmap("rmt_kernels::masked_linear_dx", _masked_linear_dx_vmap)
 torch.library.register_vmap("rmt_kernels::mask_grad", _mask_grad_vmap)
-
-
-# --- validation -------------------------------------------------------------------------------------------------------
 
 
 def _describe(value) -> str:
@@ -257,9 +249,6 @@ def _sync_errors(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- public functions -------------------------------------------------------------------------------------------------
-
-
 def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """(2,) int64 [seed, step], the state that every draw depends on. Change it in place between CUDA graph replays."""
     return torch.tensor([seed, step], dtype=torch.int64, device=device)
@@ -292,7 +281,8 @@ def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     if bits.dtype != torch.int32:
         raise TypeError(f"bits must be torch.int32, got {bits.dtype}")
     if bits.shape[1] != _words(in_features):
-        raise ValueError(f"bits must have {_words(in_features)} words a row for {in_features} columns, got {bits.shape[1]}")
+        want = _words(in_features)
+        raise ValueError(f"bits must have {want} words a row for {in_features} columns, got {bits.shape[1]}")
     return _ops.unpack_bits(bits, in_features)
 
 

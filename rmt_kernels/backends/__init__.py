@@ -44,7 +44,7 @@ def load(name: str):
 
 
 def why_not(name: str, op: str, device: str, args: tuple | None = None) -> str | None:
-    """Why backend `name` does not serve `op` on `device`, or None if it does. args None: of the call nothing is known."""
+    """Why backend `name` does not serve `op` on `device`, or None if it does. args None: any call."""
     if name == "reference":
         return None
     if name not in ORDER[device]:
@@ -124,5 +124,3 @@ def explain(op: str | None = None) -> list[dict[str, str]]:
                 {"op": name, "device": device, "backend": chosen, "why": why, "last": _last.get((name, device), "")}
             )
     return rows
-
-

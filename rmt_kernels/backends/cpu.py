@@ -4,6 +4,8 @@ Weight-sized work is fused and runs on torch's OpenMP threads. Products of few r
 larger ones are torch's own GEMM over the masked weight, which the caller keeps in `dense` or which is made here.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from .native import DTYPES, extension, missing
 # Up to this many rows the fused product beats torch's GEMM over a ready masked weight: bench/results/cpu_small_m.json,
 # written by `python bench/small_m.py`.
 SMALL_M = {torch.float32: 8, torch.bfloat16: 2}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISA = None if extension is None else extension.cpu_isa()
 
 
@@ -23,29 +26,16 @@ def unavailable(device: str) -> str | None:
 
 
 def lacks(name: str, args: tuple) -> str | None:
-    if name in ("masked_linear", "masked_linear_dx", "mask_grad", "grouped_masked_linear", "masked_weight"):
-        # Each of these falls back to torch's product inside, over a masked weight made by these kernels.
-        return None if all(_dense_dtype(t) for t in args if _is_float(t)) else "float64 and others run the reference"
-    if name in ("pack_bits", "unpack_bits"):
-        return None
-    if name == "pack_scores":
-        return None if args[0].dtype in (torch.float32, torch.float16, torch.bfloat16) else f"no {args[0].dtype}"
-    tensors = [t for group in args for t in (group if isinstance(group, list) else [group]) if _is_float(t)]
-    allowed = (torch.float32,) if name == "mask_update_" else tuple(SMALL_M) + (torch.float16,)
+    tensors = [t for group in args for t in (group if isinstance(group, list) else [group])]
+    if any(isinstance(t, Tensor) and t.is_floating_point() and t.dtype not in FLOATS for t in tensors):
+        return "float64 runs the reference"
     if name == "mask_update_":
-        scores, dense, weights = args[0], args[4], args[6]
-        if any(t.dtype != torch.float32 for group in (scores, args[2], args[3], args[5]) for t in group):
-            return "fp32 scores, moments and gradients only"
-        return None if all(a.dtype == b.dtype for a, b in zip(dense, weights)) else "dense and weight differ in dtype"
-    return None if all(t.dtype in allowed for t in tensors) else "float64 and others run the reference"
-
-
-def _is_float(value) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _dense_dtype(t: Tensor) -> bool:
-    return t.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        scores, _, exp_avgs, exp_avg_sqs, dense, grads, weights = args[:7]
+        if any(t.dtype != torch.float32 for group in (scores, exp_avgs, exp_avg_sqs, grads) for t in group):
+            return "scores, moments and gradients in fp32 only"
+        if any(d.dtype != w.dtype for d, w in zip(dense, weights)):
+            return "dense and weight differ in dtype"
+    return None
 
 
 def _threads(numel: int) -> int:
@@ -131,7 +121,7 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
 def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     n, k = weight.shape
     ends = offsets.tolist()
-    small = max(j - i for i, j in zip(ends, ends[1:])) <= SMALL_M.get(x.dtype, 0)
+    small = max(j - i for i, j in pairwise(ends)) <= SMALL_M.get(x.dtype, 0)
     if small and _fused(x, weight, bias):
         x = x if x.stride(1) == 1 else x.contiguous()
         y = torch.empty((x.shape[0], n), dtype=x.dtype)
@@ -141,7 +131,7 @@ def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor 
         )  # fmt: skip
         return y
     y = torch.empty((x.shape[0], n), dtype=x.dtype)
-    for task, (i, j) in enumerate(zip(ends, ends[1:])):
+    for task, (i, j) in enumerate(pairwise(ends)):
         if j > i:
             y[i:j] = masked_linear(x[i:j], weight, bits[task], bias, None)
     return y
