@@ -119,7 +119,8 @@ def explain(op: str | None = None) -> list[dict[str, str]]:
                 skipped.append(f"{backend}: {reason}")
             else:
                 chosen = "none"
-            why = "; ".join(skipped) or ("requested" if _forced else "first choice")
+            notes = getattr(load(chosen), "NOTES", {}) if chosen != "none" else {}
+            why = "; ".join(skipped) or ("requested" if _forced else notes.get(name, "first choice"))
             rows.append(
                 {"op": name, "device": device, "backend": chosen, "why": why, "last": _last.get((name, device), "")}
             )

@@ -15,6 +15,8 @@ from .native import DTYPES, extension, missing
 # Up to this many rows the fused product beats torch's GEMM over a ready masked weight: bench/results/cpu_small_m.json,
 # written by `python bench/small_m.py`.
 SMALL_M = {torch.float32: 8, torch.bfloat16: 2}
+NOTES = {"masked_linear": f"first choice; up to {SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight "
+         "from the bits, more through torch's GEMM over the masked weight"}  # fmt: skip
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISA = None if extension is None else extension.cpu_isa()
 
