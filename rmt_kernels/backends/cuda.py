@@ -1,9 +1,234 @@
-"""C++ kernels for CPU tensors (csrc/cpu)."""
+"""CUDA C++ kernels (csrc/cuda), compute capability 8.0 and up. Same functions and arguments as `reference.py`.
+
+Everything runs on the current stream and nothing waits for the device, so that all of it can be captured in a CUDA
+graph. Weight-sized work is fused; products of few rows run straight from the words, larger ones in the wgmma kernel
+(Hopper) or, over a ready `dense`, in torch's GEMM. What is not served here says `lacks`.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .native import DTYPES, build_info, extension, missing
+
+# Up to this many rows one pass over W serves the whole product: kMmaTiles * kTileRows in masked_linear_small.cu.
+SMALL_M = 64
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def unavailable(device):
-    return "the C++ extension is not built"
+def unavailable(device: str) -> str | None:
+    """Why no CUDA C++ kernel can run on `device`, or None."""
+    if device != "cuda":
+        return "CUDA kernels only"
+    if extension is None:
+        return missing
+    if not hasattr(extension, "cuda_pack_bits"):
+        return f"the extension has no CUDA code ({build_info()['cuda']})"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "no CUDA device"
+    best = max(_capability(i) for i in range(torch.cuda.device_count()))
+    return None if best >= (8, 0) else f"no GPU of compute capability >= 8.0, the best here has {best[0]}.{best[1]}"
 
 
-def lacks(name, args):
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def lacks(name: str, args: tuple) -> str | None:
+    """Why this call is not served, or None."""
+    tensors = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor)]
+    capability = _capability(tensors[0].device.index)
+    if capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if name == "masked_weight":
+        return None if args[0].element_size() in (2, 4, 8) else f"no CUDA kernel for {args[0].dtype}"
+    other = {str(t.dtype) for t in tensors if t.is_floating_point()} - {str(d) for d in _FLOATS}
+    if other:
+        return f"no CUDA kernel for {', '.join(sorted(other))}"
+    if name == "mask_update_":
+        return _update_lacks(*args[:7])
+    if name in ("masked_linear", "grouped_masked_linear") and args[0].dtype != args[1].dtype:
+        return f"x is {args[0].dtype} and weight {args[1].dtype}: the CUDA products take one dtype"
+    if name == "masked_linear" and args[4] is None and _rows(args[0]) > SMALL_M:
+        return _gemm_lacks(args[0], capability)
     return None
+
+
+def _update_lacks(scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights) -> str | None:
+    if any(t.dtype != torch.float32 for group in (scores, exp_avgs, exp_avg_sqs, grads) for t in group):
+        return "the CUDA update takes fp32 scores, moments and gradients only"
+    if any(d.dtype != w.dtype for d, w in zip(dense, weights)):
+        return "dense and weight differ in dtype"
+    return None if len({w.element_size() for w in weights}) <= 1 else "weights of 2 and of 4 bytes in one call"
+
+
+def _gemm_lacks(x: Tensor, capability: tuple[int, int]) -> str | None:
+    if capability[0] != 9:
+        return f"more than {SMALL_M} rows without `dense` need compute capability 9.0"
+    if "sm_90a" not in str(build_info()["cuda"]):  # elsewhere the wgmma kernel is an empty shell
+        return "the extension was not built for sm_90a"
+    if x.dtype == torch.float32:
+        return f"more than {SMALL_M} rows without `dense` need fp16 or bf16"
+    return None if x.shape[-1] % 8 == 0 else f"more than {SMALL_M} rows without `dense` need K to be a multiple of 8"
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _dtype(t: Tensor) -> int:
+    return DTYPES[str(t.dtype)]
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """(M, K) whose rows are contiguous, `stride(0)` apart."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _tma_matrix(t: Tensor) -> Tensor:
+    """(M, K) as the copy engine takes it: 16-byte aligned, rows a multiple of 16 bytes apart, not overlapping."""
+    t = _matrix(t)
+    good = t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.data_ptr() % 16 == 0
+    return t if good else t.clone(memory_format=torch.contiguous_format)
+
+
+def _launch(name: str, device: torch.device, *args) -> None:
+    with torch.cuda.device(device):
+        getattr(extension, f"cuda_{name}")(*args, torch.cuda.current_stream(device).cuda_stream)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    mask = _matrix(mask)
+    n, k = mask.shape
+    bits = torch.empty((n, (k + 31) // 32), dtype=torch.int32, device=mask.device)
+    _launch("pack_bits", mask.device, mask.data_ptr(), n, k, mask.stride(0), bits.data_ptr())
+    return bits
+
+
+def pack_scores(scores: Tensor, threshold: float) -> Tensor:
+    scores = _matrix(scores)
+    n, k = scores.shape
+    bits = torch.empty((n, (k + 31) // 32), dtype=torch.int32, device=scores.device)
+    _launch(
+        "pack_scores", scores.device, scores.data_ptr(), _dtype(scores), n, k, scores.stride(0), threshold,
+        bits.data_ptr(),
+    )  # fmt: skip
+    return bits
+
+
+def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
+    bits = bits.contiguous()
+    mask = torch.empty((bits.shape[0], in_features), dtype=torch.bool, device=bits.device)
+    _launch("unpack_bits", bits.device, bits.data_ptr(), bits.shape[0], in_features, mask.data_ptr())
+    return mask
+
+
+def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
+    weight = _matrix(weight)
+    n, k = weight.shape
+    out = torch.empty((n, k), dtype=weight.dtype, device=weight.device)
+    _launch(
+        "masked_weight", weight.device, weight.data_ptr(), weight.element_size(), n, k, weight.stride(0),
+        bits.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
+    if _rows(x) <= SMALL_M:
+        y = _small(x.reshape(-1, x.shape[-1]), weight, bits, bias, None)
+    elif dense is None:
+        y = masked_gemm(x.reshape(-1, x.shape[-1]), weight, bits, bias)
+    else:
+        return reference.masked_linear(x, weight, bits, bias, dense)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    return _small(x, weight, bits, bias, offsets.contiguous())
+
+
+def _small(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+    x, weight = _matrix(x), _matrix(weight)
+    (m, k), n = x.shape, weight.shape[0]
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    _launch(
+        "masked_linear_small", x.device, x.data_ptr(), _dtype(x), x.stride(0), weight.data_ptr(), weight.stride(0),
+        bits.data_ptr(), _ptr(bias), _ptr(offsets), 1 if offsets is None else bits.shape[0], m, n, k, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def masked_gemm(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(M, K) -> (M, N) by the wgmma kernel. bits None: `weight` is masked already, the same kernel masks nothing."""
+    x, weight = _tma_matrix(x), _tma_matrix(weight)
+    (m, k), n = x.shape, weight.shape[0]
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    fragments = None
+    if bits is not None:
+        fragments = torch.empty(extension.cuda_fragment_words(n, k), dtype=torch.int32, device=x.device)
+        _launch("fragment_bits", x.device, bits.data_ptr(), n, k, fragments.data_ptr())
+    y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    _launch(
+        "masked_gemm", x.device, x.data_ptr(), _dtype(x), x.stride(0), weight.data_ptr(), weight.stride(0),
+        _ptr(fragments), _ptr(bias), m, n, k, y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | None) -> Tensor:
+    return reference.masked_linear_dx(g, weight, bits, masked_weight(weight, bits) if dense is None else dense)
+
+
+def mask_grad(
+    x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    grads = [None if g is None else _weight_grad(g, x) for g in (g_task, g_general)]
+    return gradient_dropout(*grads, weight, scores, penalty, rng, strength, stream)
+
+
+def _weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    """g.T @ x in fp32: from 16-bit factors in one GEMM where torch has it (2.8 on), without widening them first."""
+    if len(x) and x.dtype == g.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
+        return torch.mm(g.T, x, out_dtype=torch.float32)
+    return g.T.float() @ x.float()
+
+
+def gradient_dropout(
+    grad_task: Tensor, grad_general: Tensor | None, weight: Tensor | None, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
+) -> Tensor:  # fmt: skip
+    task, general, scores, penalty = (
+        None if t is None else t.float().contiguous() for t in (grad_task, grad_general, scores, penalty)
+    )
+    weight = None if weight is None else weight.contiguous()
+    rng = None if rng is None else rng.contiguous()
+    out = torch.empty(task.shape, dtype=torch.float32, device=task.device)
+    _launch(
+        "gradient_dropout", task.device, task.data_ptr(), _ptr(general), _ptr(weight),
+        0 if weight is None else _dtype(weight), _ptr(scores), _ptr(penalty), _ptr(rng), task.numel(), strength,
+        stream, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def mask_update_(
+    scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
+    grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
+    threshold: float,
+) -> None:  # fmt: skip
+    factors = factors.contiguous()
+    lists = [[t.data_ptr() for t in group] for group in (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights)]
+    _launch(
+        "mask_update", scores[0].device, *lists, [s.shape[0] for s in scores], [s.shape[1] for s in scores],
+        weights[0].element_size() if weights else 4, factors.data_ptr(), beta1, beta2, eps, threshold,
+    )  # fmt: skip

@@ -1,0 +1,88 @@
+// The functions that bindings.cpp binds as cuda_<name>. Plain C++: no CUDA header, no torch.
+//
+// Pointers are device addresses (0: absent), sizes count elements, strides are those of the rows (inner stride 1), and
+// cuda_stream is a cudaStream_t. Everything is asynchronous; std::runtime_error says what could not be launched.
+// Names and shapes: rmt_kernels/reference.py. M rows, N out_features, K in_features; bits (N, ceil(K / 32)).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace rmt::cuda {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };  // as rmt_kernels.backends.native.DTYPES
+
+void pack_bits(
+    uintptr_t mask,  // (N, K) bool
+    int64_t n, int64_t k, int64_t stride,
+    uintptr_t bits, uintptr_t cuda_stream);
+
+void pack_scores(
+    uintptr_t scores, int dtype,  // (N, K)
+    int64_t n, int64_t k, int64_t stride,
+    double threshold, uintptr_t bits, uintptr_t cuda_stream);
+
+void unpack_bits(
+    uintptr_t bits, int64_t n, int64_t k,
+    uintptr_t mask,  // (N, K) bool, contiguous, written
+    uintptr_t cuda_stream);
+
+void masked_weight(
+    uintptr_t weight, int element_size,  // (N, K) of 2, 4 or 8 bytes
+    int64_t n, int64_t k, int64_t stride,
+    uintptr_t bits,
+    uintptr_t out,  // (N, K), contiguous, written
+    uintptr_t cuda_stream);
+
+void mask_update(
+    const std::vector<uintptr_t>& scores,       // one (N, K) fp32 each, contiguous, as all tensors here
+    const std::vector<uintptr_t>& bits,
+    const std::vector<uintptr_t>& exp_avgs,
+    const std::vector<uintptr_t>& exp_avg_sqs,
+    const std::vector<uintptr_t>& dense,        // empty, or one (N, K) of `element_size` bytes each
+    const std::vector<uintptr_t>& grads,
+    const std::vector<uintptr_t>& weights,      // as `dense`
+    const std::vector<int64_t>& rows,           // N of each
+    const std::vector<int64_t>& cols,           // K of each
+    int element_size,
+    uintptr_t factors,                          // (2,) fp32 from adam_factors
+    double beta1, double beta2, double eps, double threshold, uintptr_t cuda_stream);
+
+void gradient_dropout(
+    uintptr_t grad_task,     // (N, K) fp32, contiguous, as all matrices here
+    uintptr_t grad_general,  // or 0: no dropout
+    uintptr_t weight, int weight_dtype,  // or 0: the gradients are those of the scores already
+    uintptr_t scores, uintptr_t penalty,  // (N, K) and () fp32, or 0: no L2 term
+    uintptr_t rng,           // (2,) int64
+    int64_t numel, double strength, int64_t stream,
+    uintptr_t out,           // (N, K) fp32, written
+    uintptr_t cuda_stream);
+
+void masked_linear_small(
+    uintptr_t x, int dtype, int64_t x_stride,  // (M, K); dtype is weight's, bias's and y's too
+    uintptr_t weight, int64_t weight_stride,   // (N, K)
+    uintptr_t bits,                            // (T, N, ceil(K / 32)), T = 1 without offsets
+    uintptr_t bias,                            // (N,) or 0
+    uintptr_t offsets, int64_t tasks,          // (T + 1,) int64, or 0 and 1: every row uses the one mask
+    int64_t m, int64_t n, int64_t k,
+    uintptr_t y,                               // (M, N), contiguous, written
+    uintptr_t cuda_stream);
+
+// How many words fragment_bits writes: 32 for every 16 x 64 elements, N rounded up to 128 and K to 64.
+int64_t fragment_words(int64_t n, int64_t k);
+
+void fragment_bits(
+    uintptr_t bits, int64_t n, int64_t k,
+    uintptr_t fragments,  // (fragment_words(n, k),) int32, written
+    uintptr_t cuda_stream);
+
+void masked_gemm(
+    uintptr_t x, int dtype, int64_t x_stride,  // (M, K) fp16 or bf16; 16-byte aligned, stride a multiple of 8
+    uintptr_t weight, int64_t weight_stride,   // (N, K), likewise
+    uintptr_t fragments,                       // from fragment_bits; 0: weight is masked already
+    uintptr_t bias,                            // (N,) or 0
+    int64_t m, int64_t n, int64_t k,
+    uintptr_t y,                               // (M, N), contiguous, written
+    uintptr_t cuda_stream);
+
+}  // namespace rmt::cuda

@@ -1,0 +1,463 @@
+"""The CUDA C++ kernels against the reference: on a GPU, and, at small sizes, in the CPU emulator of cuda_on_cpu.
+
+The emulator runs the kernels' own source (csrc/cuda/*.cu), so these tests mean something without a GPU too.
+"""
+
+import contextlib
+import itertools
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, shape_id
+from kernels import cuda_on_cpu
+
+import rmt_kernels as rk
+from rmt_kernels import reference
+from rmt_kernels.backends import cuda
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = FLOATS[1:]
+CLIP_SHAPES = [(1, 768, 768), (16, 2304, 768), (50, 3072, 768), (64, 768, 3072)]
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    pytest.importorskip("pybind11")
+    if shutil.which("c++") is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("emulated"))
+
+
+def need_gpu() -> str:
+    reason = cuda.unavailable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    return "cuda"
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=gpu)])
+def device(request, monkeypatch):
+    """Where the tensors live; `rmt_kernels.backends.cuda` runs there."""
+    if request.param == "gpu":
+        return need_gpu()
+    module = request.getfixturevalue("emulated")
+    monkeypatch.setattr(cuda, "extension", module)
+    monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
+    monkeypatch.setattr(
+        cuda, "_weight_grad", lambda g, x: g.float().T @ x.float()
+    )  # torch's part: its CPU has no out_dtype
+    return "cpu"
+
+
+@contextlib.contextmanager
+def unchanged(*tensors):
+    before = [None if t is None else t.clone() for t in tensors]
+    yield
+    assert all(t is None or torch.equal(t, b) for t, b in zip(tensors, before)), "an input was written to"
+
+
+def twice(call):
+    """The result of `call`, which must repeat bit for bit."""
+    first, second = call(), call()
+    assert torch.equal(first, second), "two runs differ"
+    return first
+
+
+def inside(t: torch.Tensor) -> torch.Tensor:
+    """The same matrix as a view into a larger one: odd row stride, first element not on 16 bytes."""
+    n, k = t.shape
+    wide = torch.zeros(n + 1, k + 3, dtype=t.dtype, device=t.device)
+    wide[1:, 1 : k + 1] = t
+    return wide[1:, 1 : k + 1]
+
+
+def layouts(t: torch.Tensor) -> list[torch.Tensor]:
+    return [t, inside(t), t.T.contiguous().T]
+
+
+# --- bits and masked weight -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 3, 1024), (1, 9, 2500)], ids=shape_id)
+def test_bits(device, shape, dtype):
+    scores = layer(shape, device=device)["scores"].to(dtype)
+    threshold = float(scores.flatten()[0])  # a score equal to the threshold is off
+    want = reference.pack_scores(scores, threshold)
+    mask = scores.float() > threshold
+    for view in layouts(scores):
+        assert torch.equal(cuda.pack_scores(view, threshold), want)
+    for view in layouts(mask):
+        with unchanged(mask):
+            assert torch.equal(cuda.pack_bits(view), want)
+    assert torch.equal(cuda.unpack_bits(want, shape[2]), mask)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 11, 256)], ids=shape_id)
+def test_masked_weight(device, shape, dtype):
+    t = layer(shape, device=device)
+    weight, mask = t["weight"].to(dtype), reference.unpack_bits(t["bits"], shape[2])
+    weight[~mask] = (
+        torch.tensor([float("nan"), float("inf"), -1.0], dtype=dtype)
+        .repeat(weight.numel())[: int((~mask).sum())]
+        .to(device)
+    )
+    want = reference.masked_weight(weight, t["bits"])
+    assert not want.isnan().any()
+    for view in layouts(weight):
+        got = cuda.masked_weight(view, t["bits"])
+        assert got.is_contiguous() and torch.equal(got, want)
+        assert not got[~mask].signbit().any(), "off elements are +0"
+
+
+@gpu
+def test_more_than_2_31_elements():
+    device = need_gpu()
+    n, k = 70000, 32769
+    scores = torch.zeros(n, k, dtype=torch.float16, device=device)
+    scores[-1, -40:] = 1
+    bits = cuda.pack_scores(scores, 0.5)
+    assert torch.equal(bits[-2:], reference.pack_scores(scores[-2:], 0.5)) and int(bits[:-1].count_nonzero()) == 0
+    assert torch.equal(cuda.unpack_bits(bits, k)[-1], scores[-1] > 0.5)
+    weight = scores.fill_(2)
+    masked = cuda.masked_weight(weight, bits)
+    assert int(masked.count_nonzero()) == 40 and bool((masked[-1, -40:] == 2).all())
+
+
+# --- gradient dropout and update --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("general", [True, False], ids=["two", "one"])
+@pytest.mark.parametrize("penalty", [True, False], ids=["l2", "plain"])
+@pytest.mark.parametrize("dtype", [None, *FLOATS], ids=str)
+def test_gradient_dropout_is_the_reference_bit_for_bit(device, dtype, penalty, general, strength):
+    for shape in ((1, 1, 1), (17, 40, 197), (16, 32, 64)):
+        t = layer(shape)
+        ga, gb = t["g_task"].T @ t["x"], t["g_general"].T @ t["x"]
+        weight = None if dtype is None else t["weight"].to(dtype)
+        l2 = (t["scores"], t["penalty"]) if penalty else (None, None)
+        args = (ga, gb if general else None, weight, *l2, t["rng"] if general else None)
+        want = reference.gradient_dropout(*args, strength, 5)
+        for move in (lambda x: x, lambda x: inside(x) if x.dim() == 2 else x):
+            there = [None if a is None else move(a.to(device)) for a in args]
+            with unchanged(*there):
+                got = twice(lambda there=there: cuda.gradient_dropout(*there, strength, 5))
+            assert got.dtype == torch.float32 and torch.equal(got.cpu(), want)
+
+
+def test_layers_draw_apart(device):
+    ones = torch.ones(8, 32, device=device)
+    args = (ones, -2 * ones, None, None, None, rk.rng_state(1, 2, device), 1.0)
+    assert not torch.equal(cuda.gradient_dropout(*args, 0), cuda.gradient_dropout(*args, 1))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_mask_grad(device, shape, dtype):
+    t = layer(shape, dtype, device)
+    args = (t["x"], t["g_task"], t["g_general"], t["weight"], t["scores"], t["penalty"], t["rng"])
+    got = twice(lambda: cuda.mask_grad(*args, 1.0, 3))
+    x, g_task, g_general, weight, scores, penalty, _ = (a.double() for a in args)
+    a = (g_task.T @ x) * weight + penalty * scores
+    uniform = reference.philox_uniform(t["rng"], 3, weight.shape).double()
+    assert_same_dropout(got, a, (g_general.T @ x) * weight, uniform, 1.0)
+    one = cuda.mask_grad(t["x"], t["g_task"], None, t["weight"], None, None, None, 1.0, 0)
+    plain = reference.mask_grad(t["x"], t["g_task"], None, t["weight"], None, None, None, 1.0, 0)
+    assert_no_worse(one, plain, (g_task.T @ x) * weight)
+
+
+def test_mask_update_leaves_pad_bits_off(device):
+    t = layer((1, 3, 40), device=device)
+    zeros, bits = [torch.zeros_like(t["scores"]) for _ in range(3)], t["bits"].clone()
+    factors = reference.adam_factors(torch.tensor(1, device=device), 0.0, 0.9, 0.999)
+    rest = (factors, 0.9, 0.999, 1e-8, -1.0)  # every score is above it, and so would be the zeros past K
+    cuda.mask_update_([t["scores"]], [bits], [zeros[0]], [zeros[1]], [], [zeros[2]], [], *rest)
+    assert torch.equal(bits, reference.pack_scores(t["scores"], -1.0)) and (bits[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [None, *FLOATS], ids=str)
+def test_mask_update(device, dtype):
+    shapes = [shape for shape in SHAPES if shape[0]] + [(1, 130, 64), (1, 3, 1000)]
+    layers = [layer(shape, device=device, seed=i) for i, shape in enumerate(shapes)]
+    scores, grads = [t["scores"] for t in layers], [t["weight"] * 1e-3 for t in layers]
+    weights = [] if dtype is None else [t["weight"].to(dtype) for t in layers]
+    bits = [reference.pack_scores(s, THRESHOLD) for s in scores]
+    dense = [reference.masked_weight(w, b) for w, b in zip(weights, bits)]
+    first, second = [torch.zeros_like(s) for s in scores], [torch.zeros_like(s) for s in scores]
+    plain = [[x.clone() for x in group] for group in (scores, bits, first, second)]
+    truth = [[x.double() if x.is_floating_point() else x.clone() for x in group] for group in plain]
+    before = [b.clone() for b in bits]
+    for step in (1, 2, 3):
+        factors = reference.adam_factors(torch.tensor(step, device=device), 4e-3, 0.9, 0.999)
+        rest = (factors, 0.9, 0.999, 1e-8, THRESHOLD)
+        with unchanged(*grads, *weights, factors):
+            cuda.mask_update_(scores, bits, first, second, dense, grads, weights, *rest)
+        reference.mask_update_(*plain, [], grads, [], *rest)
+        reference.mask_update_(*truth, [], [g.double() for g in grads], [], *rest)
+        for got, near, exact in zip((scores, first, second), (plain[0], *plain[2:]), (truth[0], *truth[2:])):
+            for i in range(len(layers)):
+                assert_no_worse(got[i], near[i], exact[i])
+        for i in range(len(layers)):
+            assert torch.equal(bits[i], reference.pack_scores(scores[i], THRESHOLD))
+            if weights:
+                assert torch.equal(dense[i], reference.masked_weight(weights[i], bits[i]))
+    assert any(not torch.equal(b, old) for b, old in zip(bits, before)), "the data must flip bits"
+
+
+def test_mask_update_of_more_layers_than_one_launch_takes(device):
+    count = 600
+    tiny = [layer((1, 2, 33), device=device, seed=i) for i in range(count)]
+    scores, grads = [t["scores"] for t in tiny], [t["weight"] for t in tiny]
+    bits = [t["bits"].clone() for t in tiny]
+    zeros = [[torch.zeros_like(s) for s in scores] for _ in range(2)]
+    want = [[x.clone() for x in group] for group in (scores, bits, *zeros)]
+    factors = reference.adam_factors(torch.tensor(1, device=device), 1e-2, 0.9, 0.999)
+    rest = ([], grads, [], factors, 0.9, 0.999, 1e-8, THRESHOLD)
+    cuda.mask_update_(scores, bits, *zeros, *rest)
+    reference.mask_update_(*want, *rest)
+    for s, w, b in zip(scores, want[0], bits):
+        assert torch.allclose(s, w, atol=1e-7, rtol=1e-5)
+        assert torch.equal(b, reference.pack_scores(s, THRESHOLD))
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def check_product(call, x, weight, bits, bias):
+    """`call()` against the float64 truth, twice, with the inputs unchanged."""
+    with unchanged(x, weight, bits, bias):
+        got = twice(call)
+    double = [None if t is None else t.double() for t in (x, weight, bias)]
+    truth = reference.masked_linear(double[0], double[1], bits, double[2], None)
+    assert_no_worse(got, reference.masked_linear(x, weight, bits, bias, None), truth)
+    return got
+
+
+SMALL = [shape for shape in SHAPES if shape[0]] + [(33, 20, 256), (64, 17, 72)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=shape_id)
+def test_masked_linear_small(device, shape, dtype):
+    t = layer(shape, dtype, device)
+    x, weight, bits = t["x"], t["weight"], t["bits"]
+    check_product(lambda: cuda.masked_linear(x, weight, bits, t["bias"], None), x, weight, bits, t["bias"])
+    for x_view, weight_view in zip(layouts(x), layouts(weight)):
+        got = cuda.masked_linear(x_view, weight_view, bits, None, None)
+        assert torch.equal(got, cuda.masked_linear(x, weight, bits, None, None)), (
+            "a view must not change the sum's order"
+        )
+    batch = x[None, :, None]
+    assert cuda.masked_linear(batch, weight, bits, None, None).shape == (1, shape[0], 1, shape[1])
+
+
+@gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", CLIP_SHAPES, ids=shape_id)
+def test_masked_linear_small_at_clip_shapes(shape, dtype):
+    t = layer(shape, dtype, need_gpu())
+    call = lambda: cuda.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None)  # noqa: E731
+    check_product(call, t["x"], t["weight"], t["bits"], t["bias"])
+
+
+def test_no_rows(device):
+    t = layer((0, 5, 33), device=device)
+    assert cuda.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n, k", [(33, 197), (16, 64), (1, 5)])
+@pytest.mark.parametrize("sizes", [(0, 3, 1, 8, 9, 0, 17), (1,) * 20, (70,), (0, 0)], ids=str)
+def test_grouped(device, sizes, n, k, dtype):
+    """Bitwise what each task gives alone, and as near the truth as the reference."""
+    t = layer((sum(sizes), n, k), dtype, device)
+    bits = torch.stack(
+        [reference.pack_scores(layer((1, n, k), seed=i)["scores"], THRESHOLD) for i in range(len(sizes))]
+    )
+    bits, ends = bits.to(device), torch.tensor([0, *sizes]).cumsum(0).tolist()
+    offsets = torch.tensor(ends, device=device)
+    got = cuda.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], offsets)
+    for task, (i, j) in enumerate(itertools.pairwise(ends)):
+        rows = t["x"][i:j]
+        for first in range(0, j - i, 64):
+            part = rows[first : first + 64]
+            call = lambda part=part, task=task: cuda.masked_linear(part, t["weight"], bits[task], t["bias"], None)  # noqa: E731
+            alone = check_product(call, part, t["weight"], bits[task], t["bias"])
+            assert torch.equal(got[i + first : i + first + 64][: len(part)], alone)
+
+
+@pytest.mark.parametrize("dtype, m", [(torch.float32, 17), (torch.bfloat16, 150)], ids=str)
+def test_grouped_with_more_passes_than_blocks_share(device, dtype, m):
+    """N so large that every block makes all passes over its rows of W."""
+    t = layer((m, 4100, 8), dtype, device)
+    offsets = torch.tensor([0, m], device=device)
+    call = lambda: cuda.grouped_masked_linear(t["x"], t["weight"], t["bits"][None], None, offsets)  # noqa: E731
+    check_product(call, t["x"], t["weight"], t["bits"], None)
+
+
+def test_bad_offsets_stay_in_bounds(device):
+    t = layer((9, 16, 64), device=device)
+    bits = torch.stack([t["bits"]] * 3)
+    for offsets in ([-5, 3, 10**12, 4], [4, 2, 9, 9], [2**62, -(2**62), 2**62, 1]):
+        y = cuda.grouped_masked_linear(t["x"], t["weight"], bits, None, torch.tensor(offsets, device=device))
+        assert y.shape == (9, 16)
+
+
+GEMM_SHAPES = [(1, 1, 8), (70, 130, 72), (300, 48, 200), (129, 257, 600)]
+
+
+@pytest.mark.parametrize("tile", ["wide", "narrow"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", GEMM_SHAPES, ids=shape_id)
+def test_masked_gemm(device, shape, dtype, tile, monkeypatch):
+    """The wgmma kernel: near the truth, and bitwise itself on a weight that is masked already."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs compute capability 9.0")
+    monkeypatch.setenv("RMT_EMULATED_SMS", "1" if tile == "wide" else "1000")  # a GPU has its own number
+    t = layer(shape, dtype, device)
+    x, weight, bits, bias = t["x"], t["weight"], t["bits"], t["bias"]
+    got = check_product(lambda: cuda.masked_gemm(x, weight, bits, bias), x, weight, bits, bias)
+    assert torch.equal(got, cuda.masked_gemm(x, reference.masked_weight(weight, bits), None, bias))
+    assert torch.equal(got, cuda.masked_gemm(inside(x), inside(weight), bits, bias))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", [(65, 768, 768), (1600, 2304, 768), (6304, 3072, 1024)], ids=shape_id)
+def test_wgmma_hazard_gate(shape, dtype):
+    """Integers sum exactly in any order: a register overwritten in flight in one of many runs shows."""
+    device = need_gpu()
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("wgmma needs compute capability 9.0")
+    m, n, k = shape
+    generator = torch.Generator(device).manual_seed(0)
+    for run in range(20):
+        x = torch.randint(-4, 5, (m, k), device=device, generator=generator).to(dtype)
+        weight = torch.randint(-4, 5, (n, k), device=device, generator=generator).to(dtype)
+        bits = cuda.pack_bits(torch.rand(n, k, device=device, generator=generator) < (0.05, 0.5, 0.95)[run % 3])
+        dense = reference.masked_weight(weight, bits)
+        want = (x.float() @ dense.float().T).to(dtype)
+        for _ in range(25):
+            assert torch.equal(cuda.masked_gemm(x, weight, bits, None), want)
+        assert torch.equal(cuda.masked_gemm(x, dense, None, None), want)
+
+
+def test_masked_linear_dx_and_large_products(device):
+    t = layer((100, 24, 40), device=device)
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    for ready in (None, dense):
+        got = cuda.masked_linear_dx(t["g_task"], t["weight"], t["bits"], ready)
+        assert torch.equal(got, reference.masked_linear_dx(t["g_task"], t["weight"], t["bits"], dense))
+    y = cuda.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], dense)
+    assert torch.equal(y, reference.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], dense))
+
+
+# --- the backend ------------------------------------------------------------------------------------------------------
+
+
+def test_says_why_not(monkeypatch):
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "build_info", lambda: {"cuda": {"archs": ["code=sm_90a"]}})
+    assert cuda.unavailable("cpu") == "CUDA kernels only"
+    t = layer((100, 9, 33))
+    x, weight, bits = t["x"], t["weight"], t["bits"]
+    wide, half = x.double(), [v.half() for v in (x, weight)]
+    assert cuda.lacks("masked_weight", (weight.double(), bits)) is None
+    assert cuda.lacks("masked_linear", (x[:64], weight, bits, None, None)) is None
+    assert cuda.lacks("masked_linear", (x, weight, bits, None, weight)) is None
+    assert cuda.lacks("masked_linear", (half[0][:, :32], half[1][:, :32], bits[:, :1], None, None)) is None
+    for args, word in [
+        ((wide, weight.double(), bits, None, None), "float64"),
+        ((half[0], weight, bits, None, None), "one dtype"),
+        ((x, weight, bits, None, None), "fp16 or bf16"),
+        ((*half, bits, None, None), "multiple of 8"),
+    ]:
+        assert word in cuda.lacks("masked_linear", args)
+    update = ([weight], [bits], [weight], [weight], [half[1]], [weight], [weight])
+    assert "differ in dtype" in cuda.lacks("mask_update_", update)
+    assert "of 2 and of 4" in cuda.lacks("mask_update_", (*update[:4], [weight, half[1]], [weight], [weight, half[1]]))
+    assert "fp32 scores" in cuda.lacks("mask_update_", ([half[1]], *update[1:]))
+    monkeypatch.setattr(cuda, "build_info", lambda: {"cuda": {"archs": ["code=sm_90"]}})
+    assert "not built for sm_90a" in cuda.lacks("masked_linear", (*half, bits, None, None))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (8, 0))
+    assert "9.0" in cuda.lacks("masked_linear", (*half, bits, None, None))
+    monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
+    assert "8.0" in cuda.lacks("pack_scores", (weight, 0.5))
+
+
+def test_import_leaves_cuda_alone():
+    code = "import torch, rmt_kernels.backends.cuda as c; c.unavailable('cpu'); assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@gpu
+def test_through_the_public_ops():
+    device = need_gpu()
+    t = layer((17, 40, 200), torch.bfloat16, device)
+    with rk.use_backend("cuda"):
+        bits = rk.pack_scores(t["scores"], THRESHOLD)
+        assert torch.equal(bits, t["bits"])
+        y = rk.masked_linear(t["x"], t["weight"], bits, t["bias"])
+        hopper = torch.cuda.get_device_capability()[0] == 9
+        large = rk.masked_linear(t["x"].repeat(10, 1), t["weight"], bits, t["bias"]) if hopper else None
+        rk.masked_linear_dx(t["g_task"], t["weight"], bits)
+        rk.mask_grad(t["x"], t["g_task"], t["g_general"], t["weight"], t["scores"], penalty=t["penalty"], rng=t["rng"])
+        assert all(row["backend"] == "cuda" for row in rk.explain() if row["device"] == "cuda")
+    truth = reference.masked_linear(t["x"].double(), t["weight"].double(), bits, t["bias"].double(), None)
+    plain = reference.masked_linear(t["x"], t["weight"], bits, t["bias"], None)
+    assert_no_worse(y, plain, truth)
+    if hopper:
+        assert_no_worse(large, plain.repeat(10, 1), truth.repeat(10, 1))
+
+
+@gpu
+def test_in_a_graph_with_a_new_step():
+    """Replays read rng, penalty and factors anew: each equals the eager call with that state."""
+    device = need_gpu()
+    t = layer((40, 64, 200), torch.bfloat16, device)
+    scores, bits = t["scores"], t["bits"].clone()
+    first, second = torch.zeros_like(scores), torch.zeros_like(scores)
+    dense, factors = reference.masked_weight(t["weight"], bits), torch.ones(2, device=device)
+    state = (scores, bits, first, second, dense)
+    start = [s.clone() for s in state]
+
+    def step():
+        y = cuda.masked_linear(t["x"], t["weight"], bits, t["bias"], None)
+        args = (t["x"], t["g_task"], t["g_general"], t["weight"], scores, t["penalty"], t["rng"], 1.0, 2)
+        grad = cuda.mask_grad(*args)
+        cuda.mask_update_(*([s] for s in state), [grad], [t["weight"]], factors, 0.9, 0.999, 1e-8, THRESHOLD)
+        return y, grad
+
+    def restore():
+        for s, value in zip(state, start):
+            s.copy_(value)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    restore()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for number in range(1, 4):
+        t["rng"].copy_(torch.tensor([99, number]))
+        factors.copy_(reference.adam_factors(torch.tensor(number), 1e-3, 0.9, 0.999))
+        t["penalty"].fill_(1e-4 * number)
+        before = [s.clone() for s in state]
+        graph.replay()
+        replayed = [s.clone() for s in (*captured, *state)]
+        for s, value in zip(state, before):
+            s.copy_(value)
+        eager = [*step(), *state]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, eager))
+        seen.append(replayed[1])
+    assert not torch.equal(seen[0], seen[1])
