@@ -13,8 +13,6 @@ import re
 
 from torch import nn
 
-import rmt_kernels as rk
-
 from .config import MaskConfig, UserError
 from .modules import FusedMaskedConv2d, FusedMaskedLinear, FusedMaskedMultiheadAttention, Mask, masks
 
@@ -80,7 +78,7 @@ def apply_masks(model: nn.Module, config: MaskConfig) -> list[Mask]:
 
 def count_off(found: list[Mask]) -> tuple[int, int]:
     """(weights whose bit is 0, masked weights), over all masks."""
-    on = sum(int(rk.unpack_bits(mask.bits, mask.weight.shape[1]).sum()) for mask in found)
+    on = sum(int((mask.scores > mask.module.threshold).sum()) for mask in found)
     total = sum(mask.weight.numel() for mask in found)
     return total - on, total
 

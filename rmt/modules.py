@@ -332,7 +332,7 @@ class Mask:
 
     def set_bits(self, bits: Tensor) -> None:
         """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off."""
-        on = rmt_kernels.unpack_bits(bits.to(self.scores.device), self.scores.shape[1])
+        on = rmt_kernels.reference.unpack_bits(bits.to(self.scores.device), self.scores.shape[1])
         if not 0 <= self.module.threshold < self.module.init:
             raise ValueError(f"need 0 <= threshold < init, got {self.module.threshold} and {self.module.init}")
         with torch.no_grad():
