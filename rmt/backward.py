@@ -20,11 +20,12 @@ def backward(
 ) -> None:  # fmt: skip
     """Sets `scores.grad` of every masked weight from two losses, with gradient dropout.
 
-    Each layer's two output cotangents are taken from the graph and handed to `rmt_kernels.mask_grad` in one go, so no
-    weight-sized gradient of either loss is kept. A layer used more than once contributes all its rows. Where the graph
-    does not show a layer's products (inside `torch.compile`, or scores used in some other way), autograd computes the
-    two score gradients and only the dropout is fused: the same numbers. `.grad` is replaced, not added to: dropout is
-    nonlinear, so adding dropped-out gradients of two batches is not the gradient of both.
+    A layer of few rows (M <= K) hands its two output cotangents, taken from the graph, to `rmt_kernels.mask_grad` in
+    one go. For a layer of more rows keeping cotangents (M, N) until the second pass is done would cost more memory than
+    gradients (N, K): autograd then makes the two score gradients as it goes, and only the dropout follows. So it does
+    where the graph does not show a layer's products (inside `torch.compile`, or scores used in some other way). The
+    numbers are the same. A layer used more than once contributes all its rows. `.grad` is replaced, not added to:
+    dropout is nonlinear, so adding dropped-out gradients of two batches is not the gradient of both.
 
     Args:
         task: scalar loss, or a pair (tensor, its cotangent).
@@ -41,7 +42,7 @@ def backward(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength!r}")
     losses = [_pair(loss) for loss in (task, general) if loss is not None]
-    uses, opaque = _uses(losses[0][0], {id(m.scores): i for i, m in enumerate(found)})
+    uses, opaque = _plan([output for output, _ in losses], found)
     if not uses and not opaque:
         raise ValueError(f"the task loss does not depend on any of the {len(found)} masked weights given")
     edges = [GradientEdge(node, 0) for nodes in uses.values() for node in nodes]
@@ -63,7 +64,24 @@ def _pair(loss: Loss) -> tuple[Tensor, Tensor | None]:
     return output, cotangent
 
 
-def _uses(output: Tensor, index: dict[int, int]) -> tuple[dict[int, list], list[int]]:
+def _plan(outputs: list[Tensor], found: list[Mask]) -> tuple[dict[int, list], list[int]]:
+    """Returns {mask: nodes of its products} where the cotangents are taken, and the masks left to autograd.
+
+    Left to autograd: scores used in any other way, more rows than columns, or losses that do not share their products
+    (two forwards).
+    """
+    index = {id(mask.scores): i for i, mask in enumerate(found)}
+    walks = [_uses(output, index) for output in dict.fromkeys(outputs)]
+    uses, opaque = walks[0]
+    for others, other_opaque in walks[1:]:
+        opaque |= (other_opaque & uses.keys()) | {i for i in uses if set(uses[i]) != set(others.get(i, ()))}
+    for i, nodes in uses.items():
+        if sum(getattr(node, "rows", 0) for node in nodes) > found[i].scores.shape[1]:
+            opaque.add(i)
+    return {i: nodes for i, nodes in uses.items() if i not in opaque}, sorted(opaque)
+
+
+def _uses(output: Tensor, index: dict[int, int]) -> tuple[dict[int, list], set[int]]:
     """Walks the graph. Returns {mask: nodes of its products} and the masks that are used in any other way."""
     uses, opaque, seen, stack = defaultdict(list), set(), set(), [output.grad_fn]
     while stack:
@@ -78,7 +96,7 @@ def _uses(output: Tensor, index: dict[int, int]) -> tuple[dict[int, list], list[
             elif child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return {i: nodes for i, nodes in uses.items() if i not in opaque}, sorted(opaque)
+    return uses, opaque
 
 
 def _set_grads(found, uses, opaque, grads, strength, seed, step, l2) -> None:
@@ -113,7 +131,7 @@ def _fused(mask: Mask, nodes: list, cotangents: list[tuple], penalty, rng, stren
     pairs = _padded(cotangents)
     has_general = len(cotangents[0]) == 2
     if all(node.rmt_op == "masked_linear" for node in nodes):
-        rows = [node.saved_tensors[0].flatten(0, -2) for node in nodes]
+        rows = [_rows(node.saved_tensors[0]) for node in nodes]
         sides = [[_or_zeros(p[s], r, mask) for p, r in zip(pairs, rows)] for s in (0, 1)]
         x, a, b = (torch.cat(t) if len(t) > 1 else t[0] for t in (rows, *sides))
         return rmt_kernels.mask_grad(x, a, b if has_general else None, mask.weight, mask.scores, **options)
@@ -127,12 +145,16 @@ def _fused(mask: Mask, nodes: list, cotangents: list[tuple], penalty, rng, stren
     )
 
 
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
 def _or_zeros(g: Tensor | None, rows: Tensor, mask: Mask) -> Tensor:
-    return rows.new_zeros(len(rows), mask.weight.shape[0]) if g is None else g.flatten(0, -2)
+    return rows.new_zeros(len(rows), mask.weight.shape[0]) if g is None else _rows(g)
 
 
 def _weight_gradient(node, g: Tensor) -> Tensor:
     """(N, K) gradient of the masked weight at one product."""
     if node.rmt_op == "masked_weight":
         return g.float()
-    return g.flatten(0, -2).float().T @ node.saved_tensors[0].flatten(0, -2).float()
+    return _rows(g).float().T @ _rows(node.saved_tensors[0]).float()

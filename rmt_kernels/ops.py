@@ -36,6 +36,10 @@ def _words(in_features: int) -> int:
     return (in_features + 31) // 32
 
 
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
 def _accurate_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -96,19 +100,20 @@ def _masked_linear_setup(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bits, dense)
     # What `rmt.backward` looks for when it walks the graph.
     ctx.rmt_op, ctx.scores_dtype = "masked_linear", None if scores is None else scores.dtype
+    ctx.rows = x.numel() // x.shape[-1]
 
 
 def _masked_linear_backward(ctx, g):
     x, weight, bits, dense = ctx.saved_tensors
     need_x, need_weight, _, need_bias, _, need_scores = ctx.needs_input_grad[:6]
     dx = _ops.masked_linear_dx(g, weight, bits, dense) if need_x else None
-    rows = (x.flatten(0, -2), g.flatten(0, -2)) if need_weight or need_scores else None
+    rows = (_rows(x), _rows(g)) if need_weight or need_scores else None
     d_weight = d_scores = None
     if need_scores:
         d_scores = _ops.mask_grad(rows[0], rows[1], None, weight, None, None, None, 1.0, 0).to(ctx.scores_dtype)
     if need_weight:
         d_weight = _ops.masked_weight((rows[1].T @ rows[0]).to(weight.dtype), bits, None)
-    d_bias = g.flatten(0, -2).sum(0) if need_bias else None
+    d_bias = _rows(g).sum(0) if need_bias else None
     return dx, d_weight, None, d_bias, None, d_scores
 
 
@@ -387,7 +392,7 @@ def mask_grad(
         if g is not None:
             _need_like(name, g, (*x.shape[:-1], n), weight.device)
     _need_dropout(weight.shape, weight.device, g_general, scores, penalty, rng)
-    rows = [None if t is None else t.flatten(0, -2) for t in (x, g_task, g_general)]
+    rows = [None if t is None else _rows(t) for t in (x, g_task, g_general)]
     grad = _ops.mask_grad(*rows, weight, scores, penalty, rng, strength, stream)
     _sync_errors(weight.device)
     return grad

@@ -103,7 +103,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     if x.numel() <= SMALL_M.get(x.dtype, 0) * x.shape[-1] and x.numel():
-        rows = x.flatten(0, -2) if x.dim() != 1 else x[None]
+        rows = x.reshape(-1, x.shape[-1])
         if _fused(rows, weight, bias):
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
             n, k = weight.shape

@@ -1,0 +1,584 @@
+"""The public functions: what torch.library promises, what autocast and compile do, and what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import THRESHOLD, assert_no_worse, assert_same_dropout, layer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rmt_kernels as rk
+from rmt_kernels import reference
+
+OPS = torch.ops.rmt_kernels
+M, N, K = 6, 9, 37
+
+
+def update_arguments(dense: bool = True, layers: int = 2) -> dict[str, object]:
+    """Keyword arguments of `mask_update_` for a few layers of different shapes."""
+    shapes = [(N, K), (3, 64), (5, 5)][:layers]
+    scores = [THRESHOLD + torch.randn(s) * 1e-3 for s in shapes]
+    bits = [reference.pack_scores(s, THRESHOLD) for s in scores]
+    weights = [torch.randn(s) for s in shapes] if dense else []
+    return {
+        "scores": scores,
+        "bits": bits,
+        "exp_avgs": [torch.zeros(s) for s in shapes],
+        "exp_avg_sqs": [torch.zeros(s) for s in shapes],
+        "grads": [torch.randn(s) for s in shapes],
+        "factors": rk.adam_factors(torch.tensor(1), 1e-3, 0.9, 0.999),
+        "dense": [reference.masked_weight(w, b) for w, b in zip(weights, bits)],
+        "weights": weights,
+    }
+
+
+# --- torch.library ----------------------------------------------------------------------------------------------------
+
+
+def op_calls() -> dict[str, tuple]:
+    t = layer((M, N, K))
+    x, w, s = (t[name].clone().requires_grad_() for name in ("x", "weight", "scores"))
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    g = torch.randn(N, K)
+    u = update_arguments()
+    lists = [u[name] for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense", "grads", "weights")]
+    return {
+        "pack_bits": (OPS.pack_bits, (t["scores"] > 0,)),
+        "pack_scores": (OPS.pack_scores, (t["scores"], THRESHOLD)),
+        "unpack_bits": (OPS.unpack_bits, (t["bits"], K)),
+        "masked_weight": (OPS.masked_weight, (w, t["bits"], s)),
+        "masked_linear": (OPS.masked_linear, (x, w, t["bits"], t["bias"].requires_grad_(), None, s)),
+        "masked_linear-dense": (OPS.masked_linear, (x, t["weight"], t["bits"], None, dense, s)),
+        "masked_linear-3d": (OPS.masked_linear, (x.view(2, 3, K), t["weight"], t["bits"], None, None, s)),
+        "masked_linear_dx": (OPS.masked_linear_dx, (t["g_task"], t["weight"], t["bits"], None)),
+        "grouped_masked_linear": (
+            OPS.grouped_masked_linear,
+            (t["x"], t["weight"], t["bits"].expand(3, -1, -1).contiguous(), None, torch.tensor([0, 1, 1, M])),
+        ),
+        "mask_grad": (
+            OPS.mask_grad,
+            (t["x"], t["g_task"], t["g_general"], t["weight"], t["scores"], t["penalty"], t["rng"], 0.3, 2),
+        ),
+        "mask_grad-one": (OPS.mask_grad, (t["x"], t["g_task"], None, t["weight"], None, None, None, 1.0, 0)),
+        "gradient_dropout": (
+            OPS.gradient_dropout,
+            (g, g.flip(0), t["weight"], t["scores"], t["penalty"], t["rng"], 1.0, 0),
+        ),
+        "gradient_dropout-ready": (OPS.gradient_dropout, (g, g.flip(0), None, None, None, t["rng"], 1.0, 0)),
+        "mask_update_": (OPS.mask_update_, (*lists, u["factors"], 0.9, 0.999, 1e-8, THRESHOLD)),
+        "mask_update_-no-dense": (
+            OPS.mask_update_,
+            (*lists[:4], [], lists[5], [], u["factors"], 0.9, 0.999, 1e-8, THRESHOLD),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", op_calls())
+def test_opcheck(name):
+    op, args = op_calls()[name]
+    torch.library.opcheck(op.default, args)
+
+
+def test_every_op_is_checked():
+    from rmt_kernels.backends import OPS as names
+
+    assert {name.partition("-")[0] for name in op_calls()} == set(names)
+
+
+def test_mask_update_tells_autograd_that_it_has_written():
+    u = update_arguments()
+    written = [t for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense") for t in u[name]]
+    before = [t._version for t in written]
+    rk.mask_update_(**u)
+    assert all(t._version > v for t, v in zip(written, before))
+
+
+def test_stacked_cotangents_under_vmap_equal_a_loop():
+    t = layer((M, N, K))
+    stack, x = torch.randn(3, M, N), t["x"]
+    calls = {
+        "masked_linear_dx": lambda g: rk.masked_linear_dx(g, t["weight"], t["bits"]),
+        "mask_grad": lambda g: rk.mask_grad(x, g, None, t["weight"]),
+        "mask_grad-dropout": lambda g: rk.mask_grad(x, g, t["g_general"], t["weight"], rng=t["rng"]),
+    }
+    for name, call in calls.items():
+        got, want = torch.vmap(call)(stack), torch.stack([call(g) for g in stack])
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6), name
+        middle = torch.vmap(call, in_dims=1)(stack.transpose(0, 1))
+        assert torch.allclose(middle, want, rtol=1e-5, atol=1e-6), f"{name}, stacked along dimension 1"
+    got = torch.vmap(lambda rows: rk.masked_linear(rows, t["weight"], t["bits"], t["bias"]))(torch.stack([x, 2 * x]))
+    want = torch.stack([rk.masked_linear(r, t["weight"], t["bits"], t["bias"]) for r in (x, 2 * x)])
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_both_cotangents_go_back_in_one_batched_call():
+    t = layer((M, N, K))
+    x, s = t["x"].requires_grad_(), t["scores"].requires_grad_()
+    both = torch.stack([t["g_task"], t["g_general"]])
+    y = rk.masked_linear(x, t["weight"], t["bits"], t["bias"], scores=s)
+    got = torch.autograd.grad(y, (x, s), both, is_grads_batched=True, retain_graph=True)
+    for i, g in enumerate(both):
+        for stacked, alone in zip(got, torch.autograd.grad(y, (x, s), g, retain_graph=True)):
+            assert torch.allclose(stacked[i], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_vmap_over_weights_or_masks_is_refused():
+    t = layer((M, N, K))
+    with pytest.raises(NotImplementedError, match="batched rows only"):
+        torch.vmap(lambda w: rk.masked_linear(t["x"], w, t["bits"]))(torch.stack([t["weight"]] * 2))
+
+
+def test_compiles_without_a_graph_break():
+    t = layer((M, N, K))
+
+    def step(x, w, s, g_task, g_general):
+        bits = rk.pack_scores(s.detach(), THRESHOLD)
+        y = rk.masked_linear(x, w, bits, t["bias"], scores=s)
+        dropped = rk.mask_grad(x, g_task, g_general, w, s.detach(), penalty=t["penalty"], rng=t["rng"], strength=0.3)
+        return y, dropped, rk.unpack_bits(bits, K), rk.masked_weight(w, bits), rk.masked_linear_dx(g_task, w, bits)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    inputs = t["x"], t["weight"], t["scores"], t["g_task"], t["g_general"]
+    for got, want in zip(compiled(*inputs), step(*inputs)):
+        assert torch.equal(got, want)
+    s = t["scores"].clone().requires_grad_()
+    (got,) = torch.autograd.grad(compiled(inputs[0], inputs[1], s, *inputs[3:])[0].sum(), s)
+    (want,) = torch.autograd.grad(step(inputs[0], inputs[1], s, *inputs[3:])[0].sum(), s)
+    assert torch.equal(got, want)
+
+
+def test_a_compiled_update_writes_in_place():
+    u = update_arguments()
+    eager = {n: [t.clone() for t in v] if isinstance(v, list) else v.clone() for n, v in u.items()}
+    torch.compile(lambda **kw: rk.mask_update_(**kw), fullgraph=True, backend="aot_eager")(**u)
+    rk.mask_update_(**eager)
+    for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense"):
+        assert all(torch.equal(a, b) for a, b in zip(u[name], eager[name])), name
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    t = layer((M, N, K), torch.float64)
+    x, s = t["x"].requires_grad_(), t["scores"].double().requires_grad_()
+    y = rk.masked_linear(x, t["weight"], t["bits"], None, scores=s)
+    (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    (want,) = torch.autograd.grad((2 * (x @ dense.T) @ dense).sum(), x)
+    try:
+        (got,) = torch.autograd.grad(g.sum(), x)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert torch.allclose(got, want)
+
+
+# --- autocast and mixed dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_that_of_linear(x_dtype):
+    t = layer((16, 24, 96))
+    x, dense = t["x"].to(x_dtype), reference.masked_weight(t["weight"], t["bits"])
+    with torch.autocast("cpu", torch.bfloat16):
+        got, plain = rk.masked_linear(x, t["weight"], t["bits"], t["bias"]), F.linear(x, dense, t["bias"])
+    assert got.dtype == plain.dtype == torch.bfloat16
+    assert_no_worse(got, plain, x.double() @ dense.double().T + t["bias"].double())
+
+
+def test_autocast_leaves_float64_alone_as_linear_does():
+    t = layer((4, 5, 6), torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rk.masked_linear(t["x"], t["weight"], t["bits"]).dtype == torch.float64
+
+
+def test_gradients_under_autocast_keep_their_tensors_dtypes():
+    t = layer((16, 24, 96))
+    x, s = t["x"].requires_grad_(), t["scores"].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = rk.masked_linear(x, t["weight"], t["bits"], t["bias"], scores=s)
+    y.backward(t["g_task"].bfloat16())
+    g = t["g_task"].bfloat16().double()
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    plain_dx = (t["g_task"].bfloat16() @ dense.bfloat16()).float()
+    assert_no_worse(x.grad, plain_dx, g @ dense.double(), scale=g.abs() @ dense.double().abs())
+    assert s.grad.dtype == torch.float32
+    truth = (g.T @ x.detach().bfloat16().double()) * t["weight"].double()
+    plain = (t["g_task"].bfloat16().float().T @ x.detach().bfloat16().float()) * t["weight"]
+    assert_no_worse(s.grad, plain, truth)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["bits", "dense"])
+@pytest.mark.parametrize("w_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_products_dtype_is_that_of_its_rows(x_dtype, w_dtype, kept):
+    t = layer((M, N, K), w_dtype)
+    x, g = t["x"].to(x_dtype), t["g_task"].to(x_dtype)
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    y = rk.masked_linear(x, t["weight"], t["bits"], t["bias"], dense=dense if kept else None)
+    plain = F.linear(x, dense.to(x_dtype), t["bias"].to(x_dtype))
+    scale = x.double().abs() @ dense.double().abs().T
+    assert_no_worse(y, plain, x.double() @ dense.to(x_dtype).double().T + t["bias"].double(), scale=scale)
+    dx = rk.masked_linear_dx(g, t["weight"], t["bits"], dense=dense if kept else None)
+    scale = g.double().abs() @ dense.double().abs()
+    assert_no_worse(dx, g @ dense.to(x_dtype), g.double() @ dense.to(x_dtype).double(), scale=scale)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (0, 3)], ids=str)
+def test_no_rows_give_no_rows_and_zero_gradients(lead):
+    t = layer((M, N, K))
+    x = torch.empty(*lead, K).requires_grad_()
+    s = t["scores"].requires_grad_()
+    y = rk.masked_linear(x, t["weight"], t["bits"], t["bias"], scores=s)
+    assert y.shape == (*lead, N)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and s.grad.eq(0).all()
+    g = torch.empty(*lead, N)
+    assert rk.masked_linear_dx(g, t["weight"], t["bits"]).shape == (*lead, K)
+    got = rk.mask_grad(x.detach(), g, g, t["weight"], s.detach(), penalty=t["penalty"], rng=t["rng"], strength=0.0)
+    assert torch.allclose(got, t["penalty"] * s.detach())
+
+
+def test_grouped_with_no_rows_at_all():
+    t = layer((M, N, K))
+    y = rk.grouped_masked_linear(torch.empty(0, K), t["weight"], t["bits"][None], torch.tensor([0, 0]), t["bias"])
+    assert y.shape == (0, N)
+
+
+# Tasks of few rows run together, straight from their words; a task of many rows sends each through its own product.
+@pytest.mark.parametrize("sizes", [(1, 0, 2, 1, 2), (1, 1, 30, 0, 8)], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grouped_rows_meet_their_own_tasks_bits(dtype, sizes):
+    t = layer((sum(sizes), 50, 100), dtype)
+    bits = torch.stack([rk.pack_bits(torch.rand(50, 100) > 0.15 * i) for i in range(len(sizes))])
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
+    plain = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], offsets)
+    for i, (a, b) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
+        dense, x = reference.masked_weight(t["weight"], bits[i]).double(), t["x"][a:b].double()
+        scale = x.abs() @ dense.abs().T
+        assert_no_worse(got[a:b], plain[a:b], x @ dense.T + t["bias"].double(), scale=scale if b > a else None)
+
+
+def test_one_row_without_leading_dimensions_goes_forward_and_back():
+    t = layer((1, N, K))
+    x, s = t["x"][0].requires_grad_(), t["scores"].requires_grad_()
+    y = rk.masked_linear(x, t["weight"], t["bits"], t["bias"], scores=s)
+    y.backward(t["g_task"][0])
+    assert y.shape == (N,) and x.grad.shape == (K,)
+    assert torch.allclose(s.grad, torch.outer(t["g_task"][0], x.detach()) * t["weight"], rtol=1e-5, atol=1e-7)
+    got = rk.mask_grad(x.detach(), t["g_task"][0], None, t["weight"])
+    assert torch.allclose(got, s.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_score_at_the_threshold_is_off_when_packed_and_after_an_update():
+    at = torch.tensor(THRESHOLD)
+    scores = at.expand(3, 70).clone()
+    scores[:, ::3], scores[:, 1::3] = torch.nextafter(at, torch.tensor(1.0)), torch.nextafter(at, torch.tensor(0.0))
+    want = reference.pack_bits(torch.arange(70).expand(3, -1) % 3 == 0)
+    assert torch.equal(rk.pack_scores(scores, THRESHOLD), want)
+    bits, zeros = torch.full_like(want, -1), [torch.zeros(3, 70) for _ in range(3)]
+    # No gradient and no momentum: the scores stay where they are.
+    rk.mask_update_([scores], [bits], zeros[:1], zeros[1:2], zeros[2:], torch.ones(2), threshold=THRESHOLD)
+    assert torch.equal(bits, want)
+
+
+# Each past 2**31 elements, where an int32 product of sizes would wrap.
+@pytest.mark.parametrize(
+    "shape", [(3, 70_000, 40_000), (70_000, 40_000, 64), (2**31 + 3, 1, 1)], ids=["weight", "output", "rows"]
+)
+def test_shapes_past_2_31_elements_are_described_in_64_bits(shape):
+    m, n, k = shape
+    words = -(-k // 32)
+    with FakeTensorMode():
+        x, w, g = torch.empty(m, k), torch.empty(n, k), torch.empty(m, n)
+        bits = rk.pack_scores(w, 0.0)
+        assert bits.shape == (n, words) and rk.unpack_bits(bits, k).numel() == n * k
+        assert rk.masked_linear(x, w, bits).numel() == m * n
+        assert rk.masked_linear_dx(g, w, bits).numel() == m * k
+        assert rk.mask_grad(x, g, None, w).numel() == rk.masked_weight(w, bits).numel() == n * k
+
+
+@st.composite
+def products(draw):
+    m, n, k = draw(st.integers(0, 9)), draw(st.integers(1, 40)), draw(st.integers(1, 100))
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    layouts = st.sampled_from(["contiguous", "transposed", "stepped", "offset", "expanded"])
+    return (m, n, k), draw(dtypes), draw(layouts), draw(layouts), draw(st.integers(0, 99)), draw(st.booleans())
+
+
+def laid_out(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of `t` in other strides; expanded repeats its first row."""
+    if layout == "transposed":
+        return t.T.contiguous().T
+    if layout == "stepped":
+        return t.repeat_interleave(2, 1)[:, ::2]
+    if layout == "offset":
+        return F.pad(t, (3, 2, 1, 1))[1:-1, 3:-2]
+    if layout == "expanded" and len(t):
+        return t[:1].expand(len(t), -1)
+    return t
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(products())
+def test_the_default_backend_is_no_worse_than_the_reference_on_any_layout(case):
+    shape, dtype, x_layout, w_layout, seed, mixed = case
+    _, _, k = shape
+    t = layer(shape, dtype, seed=seed)
+    x, g = laid_out(t["x"], x_layout), laid_out(t["g_task"], x_layout)
+    w = laid_out(t["weight"].float() if mixed else t["weight"], w_layout)
+    mask = laid_out(t["scores"], w_layout) > THRESHOLD
+    bits = rk.pack_bits(mask)
+    assert torch.equal(bits, reference.pack_bits(mask))
+    assert torch.equal(rk.pack_scores(laid_out(t["scores"], w_layout), THRESHOLD), bits)
+    assert torch.equal(rk.unpack_bits(bits, k), mask)
+    dense = rk.masked_weight(w, bits)
+    assert torch.equal(dense, torch.where(mask, w, 0))
+
+    # bf16 x over fp32 W rounds W first, in the reference as in F.linear under autocast.
+    rounded = dense.to(dtype).double()
+    y, plain = rk.masked_linear(x, w, bits, t["bias"]), reference.masked_linear(x, w, bits, t["bias"], None)
+    scale = x.double().abs() @ rounded.abs().T + t["bias"].double().abs()
+    assert_no_worse(y, plain, x.double() @ rounded.T + t["bias"].double(), scale=scale)
+    dx, plain = rk.masked_linear_dx(g, w, bits), reference.masked_linear_dx(g, w, bits, None)
+    assert_no_worse(dx, plain, g.double() @ rounded, scale=g.double().abs() @ rounded.abs())
+
+    options = {"rng": t["rng"], "strength": 0.3, "stream": seed}
+    got = rk.mask_grad(x, g, t["g_general"], w, **options)
+    a, b = ((c.double().T @ x.double()) * w.double() for c in (g, t["g_general"]))
+    assert_same_dropout(got, a, b, reference.philox_uniform(t["rng"], seed, w.shape).double(), 0.3)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def meta(t):
+    return t.to("meta")
+
+
+# Per function: what is wrong -> (how to change the good arguments, error, what the message must say).
+ERRORS = (TypeError, ValueError)
+COMMON = {
+    "weight-int": ({"weight": lambda t: t.int()}, TypeError, "weight must be floating point, got torch.int32"),
+    "weight-1d": ({"weight": lambda t: t[0]}, ValueError, r"weight must be a non-empty matrix, got shape \(37,\)"),
+    "weight-empty": (
+        {"weight": lambda t: t[:, :0]}, ValueError, r"weight must be a non-empty matrix, got shape \(9, 0\)",
+    ),
+    "weight-not-a-tensor": ({"weight": lambda t: t.tolist()}, TypeError, "weight must be a tensor, got list"),
+}  # fmt: skip
+BITS = {
+    "bits-dtype": ({"bits": lambda t: t.long()}, ERRORS, r"int32 \(.*9, 2\).*got torch.int64"),
+    "bits-width": ({"bits": lambda t: t[..., :1].contiguous()}, ValueError, r"int32 \(.*9, 2\).*got .*9, 1\)"),
+    "bits-rows": ({"bits": lambda t: t[..., :8, :].contiguous()}, ValueError, r"int32 \(.*9, 2\).*got .*8, 2\)"),
+    "bits-strided": (
+        {"bits": lambda t: t.repeat_interleave(2, -1)[..., ::2]}, ValueError, "contiguous.*got.*strides",
+    ),
+    "bits-device": ({"bits": meta}, ValueError, "cpu, got.*meta"),
+    "bits-none": ({"bits": lambda t: None}, ERRORS, "bits must be.*got None"),
+}  # fmt: skip
+ROWS = {
+    "rows-width": ({"x": lambda t: t[:, :-1]}, ValueError, r"\(\.\.\.|M, 37\).*got"),
+    "rows-int": ({"x": lambda t: t.int()}, TypeError, "floating point.*got torch.int32"),
+    "rows-device": ({"x": meta}, ValueError, "cpu, got.*meta"),
+    "rows-none": ({"x": lambda t: None}, ERRORS, "got (None|NoneType)"),
+}
+BIAS = {
+    "bias-shape": ({"bias": lambda t: t[:-1]}, ValueError, r"bias must have shape \(9,\), got \(8,\)"),
+    "bias-int": ({"bias": lambda t: t.int()}, TypeError, "bias.*got torch.int32"),
+    "bias-device": ({"bias": meta}, ValueError, "bias must be on cpu, got meta"),
+}
+DROPOUT = {
+    "strength-above-one": ({"strength": lambda v: 1.5}, ValueError, r"strength must be in \[0, 1\], got 1.5"),
+    "strength-negative": ({"strength": lambda v: -0.1}, ValueError, r"strength must be in \[0, 1\], got -0.1"),
+    "strength-nan": ({"strength": lambda v: float("nan")}, ValueError, "strength must be.*got nan"),
+    "strength-text": ({"strength": lambda v: "1"}, ERRORS, "strength must be.*got '1'"),
+    "rng-missing": ({"rng": lambda t: None}, ValueError, "needs rng"),
+    "rng-dtype": ({"rng": lambda t: t.int()}, TypeError, "rng must be torch.int64, got torch.int32"),
+    "rng-shape": ({"rng": lambda t: t[:1]}, ValueError, r"rng must have shape \(2,\), got \(1,\)"),
+    "penalty-without-scores": ({"scores": lambda t: None}, ValueError, "penalty needs scores"),
+    "penalty-shape": ({"penalty": lambda t: t[None]}, ValueError, r"penalty must have shape \(\), got \(1,\)"),
+    "penalty-int": ({"penalty": lambda t: t.int()}, TypeError, "penalty.*got torch.int32"),
+    "scores-shape": ({"scores": lambda t: t[:-1]}, ValueError, r"scores must have shape \(9, 37\), got \(8, 37\)"),
+    "scores-int": ({"scores": lambda t: t.int()}, TypeError, "scores.*got torch.int32"),
+    "scores-device": ({"scores": meta}, ValueError, "scores must be on cpu, got meta"),
+}
+BAD = {
+    "pack_bits": {
+        "float": ({"mask": lambda t: t.float()}, TypeError, "mask must be torch.bool, got torch.float32"),
+        "empty": ({"mask": lambda t: t[:0]}, ValueError, r"non-empty matrix, got shape \(0, 37\)"),
+        "3d": ({"mask": lambda t: t[None]}, ValueError, r"non-empty matrix, got shape \(1, 9, 37\)"),
+        "list": ({"mask": lambda t: t.tolist()}, TypeError, "mask must be a tensor, got list"),
+    },
+    "pack_scores": {
+        "nan": ({"scores": lambda t: t.index_fill(1, torch.tensor([3]), float("nan"))}, ValueError, "NaN, got 9 NaN"),
+        "int": ({"scores": lambda t: t.int()}, TypeError, "scores must be floating point, got torch.int32"),
+        "threshold-nan": ({"threshold": lambda v: float("nan")}, ValueError, "threshold must be a finite.*got nan"),
+        "threshold-inf": ({"threshold": lambda v: float("inf")}, ValueError, "threshold must be a finite.*got inf"),
+        "threshold-none": ({"threshold": lambda v: None}, ERRORS, "threshold must be a finite.*got None"),
+    },
+    "unpack_bits": {
+        "dtype": ({"bits": lambda t: t.long()}, TypeError, "bits must be torch.int32, got torch.int64"),
+        "width": ({"in_features": lambda v: 65}, ValueError, "3 words a row for 65 columns, got 2"),
+        "narrow": ({"in_features": lambda v: 32}, ValueError, "1 words a row for 32 columns, got 2"),
+        "zero": ({"in_features": lambda v: 0}, ValueError, "0 columns, got 2"),
+        "float": ({"in_features": lambda v: 37.0}, TypeError, "in_features must be.*got 37.0"),
+    },
+    "masked_weight": COMMON | BITS,
+    "masked_linear": COMMON | BITS | ROWS | BIAS | {
+        "dense-shape": ({"dense": lambda t: t[:-1]}, ValueError, r"dense must have shape \(9, 37\), got \(8, 37\)"),
+        "dense-int": ({"dense": lambda t: t.int()}, TypeError, "dense.*got torch.int32"),
+        "scores-shape": ({"scores": lambda t: t.T}, ValueError, r"scores must have shape \(9, 37\), got \(37, 9\)"),
+        "scores-int": ({"scores": lambda t: t.int()}, TypeError, "scores.*got torch.int32"),
+    },
+    "masked_linear_dx": COMMON | BITS | {
+        "rows-width": ({"g": lambda t: t[:, :-1]}, ValueError, r"\(\.\.\., 9\) on cpu, got .*\(6, 8\)"),
+        "rows-int": ({"g": lambda t: t.int()}, TypeError, "floating point.*got torch.int32"),
+        "scalar": ({"g": lambda t: t.sum()}, ValueError, r"\(\.\.\., 9\) on cpu, got .*\(\)"),
+    },
+    "grouped_masked_linear": COMMON | BITS | ROWS | BIAS | {
+        "offsets-end": ({"offsets": lambda t: t.clamp_max(5)}, ValueError, r"from 0 to 6, got \[0, 2, 5\]"),
+        "offsets-start": ({"offsets": lambda t: t.clamp_min(1)}, ValueError, r"from 0 to 6, got \[1, 2, 6\]"),
+        "offsets-descend": (
+            {"offsets": lambda t: torch.tensor([0, 7, 6])}, ValueError, r"ascend from 0 to 6, got \[0, 7, 6\]",
+        ),
+        "offsets-dtype": ({"offsets": lambda t: t.int()}, TypeError, "offsets must be torch.int64, got torch.int32"),
+        "offsets-length": ({"offsets": lambda t: t[:2]}, ValueError, r"offsets must have shape \(3,\), got \(2,\)"),
+        "needs-gradient": ({"x": lambda t: t.requires_grad_()}, ValueError, "no backward: call it under torch.no_grad"),
+        "no-tasks": (
+            {"bits": lambda t: t[:0], "x": lambda t: t[:0], "offsets": lambda t: t[:1]}, ValueError, "task.*got",
+        ),
+    },
+    "mask_grad": COMMON | ROWS | DROPOUT | {
+        "cotangent-shape": (
+            {"g_task": lambda t: t[:-1]}, ValueError, r"g_task must have shape \(6, 9\), got \(5, 9\)",
+        ),
+        "cotangent-int": ({"g_task": lambda t: t.int()}, TypeError, "g_task.*got torch.int32"),
+        "cotangent-none": ({"g_task": lambda t: None}, ERRORS, "g_task must be a tensor, got None"),
+        "general-shape": (
+            {"g_general": lambda t: t[:, 1:]}, ValueError, r"g_general must have shape \(6, 9\), got \(6, 8\)",
+        ),
+        "general-device": ({"g_general": meta}, ValueError, "g_general must be on cpu, got meta"),
+    },
+    "gradient_dropout": DROPOUT | {
+        "grad-int": ({"grad_task": lambda t: t.int()}, TypeError, "grad_task must be floating point, got torch.int32"),
+        "general-shape": (
+            {"grad_general": lambda t: t[1:]}, ValueError, r"grad_general must have shape \(9, 37\), got \(8, 37\)",
+        ),
+        "general-int": ({"grad_general": lambda t: t.int()}, TypeError, "grad_general.*got torch.int32"),
+        "weight-shape": (
+            {"weight": lambda t: t[:, 1:]}, ValueError, r"weight must have shape \(9, 37\), got \(9, 36\)",
+        ),
+        "weight-int": ({"weight": lambda t: t.int()}, TypeError, "weight.*got torch.int32"),
+    },
+}  # fmt: skip
+
+
+def good_arguments(function: str) -> dict[str, object]:
+    t = layer((M, N, K))
+    dropout = {"scores": t["scores"], "penalty": t["penalty"], "rng": t["rng"], "strength": 0.5}
+    linear = {"weight": t["weight"], "bits": t["bits"]}
+    dense = reference.masked_weight(t["weight"], t["bits"])
+    return {
+        "pack_bits": {"mask": t["scores"] > 0},
+        "pack_scores": {"scores": t["scores"], "threshold": THRESHOLD},
+        "unpack_bits": {"bits": t["bits"], "in_features": K},
+        "masked_weight": linear,
+        "masked_linear": linear | {"x": t["x"], "bias": t["bias"], "dense": dense, "scores": t["scores"]},
+        "masked_linear_dx": linear | {"g": t["g_task"]},
+        "grouped_masked_linear": {
+            "x": t["x"],
+            "weight": t["weight"],
+            "bits": torch.stack([t["bits"]] * 2),
+            "offsets": torch.tensor([0, 2, M]),
+            "bias": t["bias"],
+        },
+        "mask_grad": dropout | {"x": t["x"], "g_task": t["g_task"], "g_general": t["g_general"], "weight": t["weight"]},
+        "gradient_dropout": dropout
+        | {"grad_task": torch.randn(N, K), "grad_general": torch.randn(N, K), "weight": t["weight"]},
+    }[function]
+
+
+@pytest.mark.parametrize("function", BAD)
+def test_good_arguments_are_taken(function):
+    getattr(rk, function)(**good_arguments(function))
+
+
+@pytest.mark.parametrize(
+    ("function", "case"), [pytest.param(f, c, id=f"{f}-{c}") for f, cases in BAD.items() for c in cases]
+)
+def test_bad_input_is_refused_with_what_was_expected_and_what_came(function, case):
+    changes, error, message = BAD[function][case]
+    arguments = good_arguments(function)
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    with pytest.raises(error, match=message):
+        getattr(rk, function)(**arguments)
+
+
+def last_replaced(change):
+    """A change to the last tensor of a list: the earlier layers are fine, and must not have been written."""
+    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
+
+
+BAD_UPDATE = {
+    "too-few-bits": ({"bits": lambda v: v[:-1]}, ValueError, "bits must have one tensor for each of 2 scores, got 1"),
+    "too-many-grads": ({"grads": lambda v: [*v, v[0]]}, ValueError, "grads must have one .* of 2 scores, got 3"),
+    "dense-without-weights": ({"weights": lambda v: []}, ValueError, "weights must have one .* of 2 scores, got 0"),
+    "weights-without-dense": ({"dense": lambda v: []}, ValueError, "dense must have one .* of 2 scores, got 0"),
+    "scores-bf16": ({"scores": last_replaced(torch.Tensor.bfloat16)}, TypeError, "scores.*float32.*got torch.bfloat16"),
+    "scores-nan": ({"scores": last_replaced(lambda t: t * float("nan"))}, ValueError, "scores.*NaN"),
+    "scores-strided": (
+        {"scores": last_replaced(lambda t: t.T.contiguous().T)}, ValueError, r"scores\[1\].* must be contiguous",
+    ),
+    "scores-empty": ({"scores": last_replaced(lambda t: t[:0])}, ValueError, r"non-empty matrix, got shape \(0, 64\)"),
+    "bits-width": (
+        {"bits": last_replaced(lambda t: t[:, :1].contiguous())}, ValueError, r"int32 \(3, 2\).*got .*\(3, 1\)",
+    ),
+    "bits-dtype": ({"bits": last_replaced(torch.Tensor.long)}, ERRORS, r"int32 \(3, 2\).*got torch.int64"),
+    "grads-shape": (
+        {"grads": last_replaced(torch.Tensor.t)}, ValueError, r"grads\[1\] must have shape \(3, 64\), got \(64, 3\)",
+    ),
+    "grads-half": ({"grads": last_replaced(torch.Tensor.half)}, TypeError, r"grads\[1\] must be.*got torch.float16"),
+    "grads-double": ({"grads": last_replaced(torch.Tensor.double)}, TypeError, r"grads\[1\].*got torch.float64"),
+    "grads-device": ({"grads": last_replaced(meta)}, ValueError, r"grads\[1\] must be on cpu, got meta"),
+    "grads-strided": (
+        {"grads": last_replaced(lambda t: t.T.contiguous().T)}, ValueError, r"grads\[1\] must be contiguous",
+    ),
+    "a-layer-elsewhere": (
+        {name: last_replaced(meta) for name in update_arguments() if name != "factors"},
+        ValueError, "must be on cpu, got.*meta",
+    ),
+    "dense-of-another-dtype": (
+        {"dense": last_replaced(torch.Tensor.double)}, TypeError, r"dense\[1\].*got torch.float64",
+    ),
+    "factors-shape": ({"factors": lambda t: t[:1]}, ValueError, r"factors must have shape \(2,\), got \(1,\)"),
+    "factors-dtype": ({"factors": torch.Tensor.double}, TypeError, "factors must be torch.float32, got torch.float64"),
+    "beta": ({"beta1": lambda v: 1.0}, ValueError, r"\[0, 1\), got 1.0"),
+    "eps-nan": ({"eps": lambda v: float("nan")}, ValueError, "eps must be a finite number, got nan"),
+    "threshold-inf": ({"threshold": lambda v: float("-inf")}, ValueError, "threshold must be a finite.*got -inf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_UPDATE)
+def test_an_update_that_is_refused_has_written_nothing(case):
+    changes, error, message = BAD_UPDATE[case]
+    arguments = update_arguments() | {"beta1": 0.9, "eps": 1e-8, "threshold": THRESHOLD}
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    names = ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense")
+    real = [t for name in names for t in arguments[name] if t.device.type == "cpu"]
+    before = [t.clone() for t in real]
+    with pytest.raises(error, match=message):
+        rk.mask_update_(**arguments)
+    for t, old in zip(real, before):
+        assert torch.equal(t.nan_to_num(), old.nan_to_num())
+
+
+def test_an_update_of_no_layers_does_nothing():
+    rk.mask_update_([], [], [], [], [], torch.ones(2))
+
+
+@pytest.mark.parametrize(("seed", "step"), [(1.5, 0), (0, "1"), (2**63, 0)], ids=["float", "text", "too-large"])
+def test_a_seed_that_is_no_int64_is_refused(seed, step):
+    with pytest.raises((*ERRORS, OverflowError, RuntimeError)):
+        rk.rng_state(seed, step)

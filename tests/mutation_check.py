@@ -1,0 +1,198 @@
+"""Breaks each kernel and module in one place and shows that a test fails: python tests/mutation_check.py [SUBSTRING].
+
+Works on a copy of the tree, so that nothing here is touched. Exit status 1 where a mutation survived, or where its
+pattern no longer occurs exactly once. Tests that fail without any mutation are named and left out. With SUBSTRING only
+mutations whose name or file contains it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", ".pytest_cache", ".ruff_cache")
+
+REFERENCE = ["tests/kernels/test_reference.py"]
+CPU = ["tests/kernels/test_cpu.py", "-k", "not narrower"]
+OPS = ["tests/kernels/test_ops.py"]
+BACKENDS = ["tests/kernels/test_backends.py"]
+TRITON = ["tests/kernels/triton_interpret_cases.py", "tests/kernels/triton_interpret_draw.py"]
+MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
+BACKWARD = ["tests/rmt/test_backward.py"]
+OPTIM = ["tests/rmt/test_optim.py"]
+
+# (what is broken, file, text that occurs once, its replacement, tests that must notice)
+MUTATIONS = [
+    ("threshold not strict", "rmt_kernels/reference.py",
+     "_accurate(scores) > threshold", "_accurate(scores) >= threshold", REFERENCE),
+    ("eps dropped", "rmt_kernels/reference.py", "b.abs() + GDR_EPS)", "b.abs() + 1e-30)", REFERENCE),
+    ("sign of b", "rmt_kernels/reference.py", "a.sign() * (a + b)", "a.sign() * (a - b)", REFERENCE),
+    ("L2 term joins both gradients", "rmt_kernels/reference.py",
+     "    kept = keep_probability(a, b)",
+     "    b = b if penalty is None else b + penalty * scores; kept = keep_probability(a, b)", REFERENCE),
+    ("high counter word lost", "rmt_kernels/reference.py", "group & LOW32, group >> 32", "group & LOW32, group * 0",
+     REFERENCE),
+    ("T instead of T squared", "rmt_kernels/reference.py", ".softmax(-1)) * temperature", ".softmax(-1))", REFERENCE),
+    ("betas swapped", "rmt_kernels/reference.py", "m.lerp_(g, 1 - beta1)", "m.lerp_(g, 1 - beta2)", REFERENCE),
+    ("threshold not strict when packing", "csrc/cpu/elementwise.cpp",
+     "compare32(s, threshold)", "compare32(s, std::nextafter(threshold, -1.0f))", [*OPS, "-k", "at_the_threshold"]),
+    ("threshold not strict in the update", "csrc/cpu/elementwise.cpp",
+     "compare32(p.scores + first, p.threshold)", "compare32(p.scores + first, std::nextafter(p.threshold, -1.0f))",
+     [*OPS, "-k", "at_the_threshold"]),
+    ("tail mask off by one", "csrc/cpu/elementwise.cpp",
+     "bits[word] = compare32(s, threshold) & tail_mask(count)",
+     "bits[word] = compare32(s, threshold) & tail_mask(count + 1 < 32 ? count - 1 : count)", CPU),
+    ("eps dropped", "csrc/cpu/elementwise.cpp", "std::fabs(b) + 1e-8f)", "std::fabs(b) + 1e-30f)", CPU),
+    ("draw of a neighbour", "csrc/cpu/elementwise.cpp",
+     "if (kDropout) uniform32(p.draw, static_cast<uint64_t>(first) / 4, u);",
+     "if (kDropout) uniform32(p.draw, static_cast<uint64_t>(first) / 4 + 1, u);", CPU),
+    ("flipped word not rewritten", "csrc/cpu/elementwise.cpp",
+     "now != p.bits[word]) select_any", "now < p.bits[word]) select_any",
+     [*CPU[:1], *OPTIM, *CPU[1:]]),
+    ("second moment without its rest", "csrc/cpu/elementwise.cpp",
+     "v[j] * beta2 + rest2 * gj * gj", "v[j] * beta2 + rest2 * gj", CPU),
+    ("bias missing", "csrc/cpu/masked_linear.cpp", "P::total(acc[r][m]) + bias", "P::total(acc[r][m]) + bias * 0", CPU),
+    ("task's bits not advanced", "csrc/cpu/masked_linear.cpp",
+     "p.bits + t * p.n * words", "p.bits + t * 0 * words",
+     [*OPS, "-k", "grouped"]),
+    ("words of the wrong row", "rmt_kernels/backends/triton/bits.py",
+     "tl.load(bits_ptr + block_offsets(offs_n, offs_w, words, 1), mask=inside, other=0)",
+     "tl.load(bits_ptr + block_offsets(offs_n, offs_w, words - 1, 1), mask=inside, other=0)", TRITON),
+    ("bits in reverse", "rmt_kernels/backends/triton/bits.py",
+     "planes << tl.arange(0, 32)", "planes << (31 - tl.arange(0, 32))", TRITON),
+    ("word order", "rmt_kernels/backends/triton/rng.py",
+     "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))", TRITON),
+    ("stream added to the low key word", "rmt_kernels/backends/triton/rng.py",
+     "tl.cast(stream, tl.int64) << 32", "tl.cast(stream, tl.int64) << 0", TRITON),
+    ("sign of b", "rmt_kernels/backends/triton/grad.py", "1 + sign * (a + b)", "1 + sign * (a - b)", TRITON),
+    ("bias missing", "rmt_kernels/backends/triton/linear.py",
+     "tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)",
+     "tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0) * 0", TRITON),
+    ("flipped word not rewritten", "rmt_kernels/backends/triton/update.py",
+     "words, BLOCK_K // 32) != new", "words, BLOCK_K // 32) > new", TRITON),
+    ("gradient of the scores without the weight", "rmt_kernels/ops.py",
+     "rows[1], None, weight, None", "rows[1], None, weight * 0 + 1, None",
+     [*MODULES[:1], *REFERENCE, "-k", "straight"]),
+    ("gradient of the weight not masked", "rmt_kernels/ops.py",
+     "_ops.masked_weight((rows[1].T @ rows[0]).to(weight.dtype), bits, None)",
+     "(rows[1].T @ rows[0]).to(weight.dtype)", REFERENCE),
+    ("strength above one accepted", "rmt_kernels/ops.py",
+     'if not 0 <= _need_finite("strength", value) <= 1', 'if not 0 <= _need_finite("strength", value)', OPS),
+    ("unconfirmed GPU kernels by default", "rmt_kernels/backends/__init__.py",
+     'not in CONFIRMED:', 'in CONFIRMED:', BACKENDS),
+    ("refresh ignores versions", "rmt/modules.py",
+     "self._packed.get(prefix) == now and prefix in self._dense", "prefix in self._dense", MODULES),
+    ("in-projection without its bias", "rmt/modules.py",
+     "self._linear(x, \"in_proj_\", self.in_proj_bias)", "self._linear(x, \"in_proj_\", None)",
+     [*MODULES[:1], "-k", "attention"]),
+    ("scores follow the weights' dtype", "rmt/modules.py",
+     "if new.dtype != torch.float32 and not old.is_meta", "if False", MODULES),
+    ("masks stay off after an exception", "rmt/modules.py",
+     "            module.masked = masked\n", "            module.masked = module.masked\n", MODULES),
+    ("second use of a layer dropped", "rmt/backward.py", "uses[mask].append(node)", "uses[mask][:] = [node]", BACKWARD),
+    ("one stream for all layers", "rmt/backward.py", "rng, strength, i)", "rng, strength, 0)", BACKWARD),
+    ("L2 norm squared", "rmt/backward.py",
+     "l2 / mask.scores.norm().clamp_min(torch.finfo(torch.float32).tiny)", "torch.tensor(2 * l2)", BACKWARD),
+    ("step never counted", "rmt/optim.py", 'group["step"] + 1', '1', OPTIM),
+    ("old masked weight not made fresh first", "rmt/optim.py",
+     "            mask.refresh()\n", "            mask.dense if False else None\n", OPTIM),
+]  # fmt: skip
+
+
+def pytest(tree: Path, selection: list[str], *options: str, timeout: int = 900) -> str:
+    """Output of one pytest run in the copy."""
+    environment = {k: v for k, v in os.environ.items() if k != "RMT_BACKEND"}
+    # A mutation and its repair may fall into one second, which stale bytecode would not notice.
+    environment |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "2"}
+    if selection is TRITON:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=no", "-rfE", *options, *selection]
+    return subprocess.run(
+        command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout
+    ).stdout  # fmt: skip
+
+
+def failures(output: str) -> list[str]:
+    return [m.removesuffix(" -") for m in re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.M)]
+
+
+def build(tree: Path) -> None:
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--inplace",
+        "--build-temp",
+        str(tree / "build" / "mutants"),
+    ]
+    environment = os.environ | {"RMT_CUDA_ARCHS": "", "RMT_FORCE_BUILD": "0"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode or not list((tree / "rmt_kernels").glob("_C*.so")):
+        raise SystemExit(f"the copy does not build:\n{done.stdout}{done.stderr}")
+
+
+def check(tree: Path, mutation: tuple, clean: dict[Path, bytes], known: list[str]) -> str:
+    """What became of one mutation: a test that failed, SURVIVED, or PATTERN."""
+    _, file, old, new, selection = mutation
+    path = tree / file
+    text = path.read_text()
+    if text.count(old) != 1:
+        return f"PATTERN occurs {text.count(old)} times"
+    path.write_text(text.replace(old, new))
+    try:
+        if file.startswith("csrc"):
+            build(tree)
+        output = pytest(tree, selection, "-x", *(f"--deselect={test}" for test in known))
+    except subprocess.TimeoutExpired:
+        return "SURVIVED (or ran out of time)"
+    finally:
+        path.write_text(text)
+        for library, content in clean.items():
+            # A new file, not the old one's bytes: the loader may still hold those.
+            library.unlink(missing_ok=True)
+            library.write_bytes(content)
+    found = failures(output)
+    if not found and " passed" not in output:
+        return f"SURVIVED: no test ran: {output[-200:]}"
+    return found[0] if found else "SURVIVED"
+
+
+def main() -> int:
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    mutations = [m for m in MUTATIONS if wanted in m[0] or wanted in m[1]]
+    rows, bad = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
+        if any(m[1].startswith("csrc") for m in mutations):
+            build(tree)
+        clean = {library: library.read_bytes() for library in (tree / "rmt_kernels").glob("_C*.so")}
+        known: dict[tuple, list[str]] = {}
+        for mutation in mutations:
+            key = tuple(mutation[4])
+            if key not in known:
+                known[key] = failures(pytest(tree, mutation[4]))
+                for test in known[key]:
+                    print(f"fails without any mutation, left out: {test}", flush=True)
+            start = time.monotonic()
+            result = check(tree, mutation, clean, known[key])
+            bad += result.startswith(("SURVIVED", "PATTERN"))
+            rows.append((mutation[0], mutation[1], result))
+            print(
+                f"[{len(rows)}/{len(mutations)}] {time.monotonic() - start:4.0f} s  {' | '.join(rows[-1])}", flush=True
+            )
+    print("\n| mutation | file | killed by |\n|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    print(f"\n{len(rows) - bad} of {len(rows)} killed")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
