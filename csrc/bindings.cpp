@@ -51,7 +51,7 @@ static void bind_cpu(py::module_& m) {
         [](uintptr_t scores, uintptr_t bits, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t dense,
            uintptr_t weight, int itemsize, uintptr_t grad, int64_t n, int64_t k, float step_size, float denom_scale,
            double beta1, double beta2, float eps, float threshold, int threads) {
-          kernels().mask_update(
+          return kernels().mask_update(
               {at<float>(scores), at<uint32_t>(bits), at<float>(exp_avg), at<float>(exp_avg_sq), at<void>(dense),
                at<void>(weight), itemsize, at<float>(grad), n, k, step_size, denom_scale,
                static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), eps, threshold},

@@ -10,6 +10,7 @@ State-dict names of weights and biases are those of the original module.
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +19,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rmt_kernels
 
 INIT, THRESHOLD = 1e-2, 5e-3
+
+
+@functools.cache
+def _watch_fused_optimizers() -> None:
+    """torch's fused optimizers write parameters without counting a version; bits follow versions. Count them."""
+
+    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(count)
 
 
 class MaskedModule(nn.Module):
@@ -33,6 +47,7 @@ class MaskedModule(nn.Module):
         for name, value in (("init", init), ("threshold", threshold)):
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
+        _watch_fused_optimizers()
         self.requires_grad_(False)
         self.init, self.threshold, self.masked = float(init), float(threshold), True
         self._dense: dict[str, Tensor] = {}
@@ -51,21 +66,31 @@ class MaskedModule(nn.Module):
         return self._parameters[prefix + "weight"].flatten(1)
 
     def _versions(self, prefix: str) -> tuple | None:
+        """What changes when scores or weight do: version counters, and addresses for what is assigned to `.data`.
+
+        Writing into `.data` in place (`scores.data.mul_(2)`) leaves no trace; `mask.refresh(force=True)` is for that.
+        """
         tensors = (self._parameters[prefix + "scores"], self._parameters[prefix + "weight"])
         if any(t.is_inference() for t in tensors):
             return None
-        return tuple((id(t), t._version) for t in tensors)
+        return tuple((t, t._version, t.data_ptr()) for t in tensors)
 
-    def refresh(self, prefix: str = "") -> None:
+    def _is_fresh(self, prefix: str) -> bool:
+        old, now = self._packed.get(prefix), self._versions(prefix)
+        if old is None or now is None or prefix not in self._dense:
+            return False
+        return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))
+
+    def refresh(self, prefix: str = "", force: bool = False) -> None:
         """Repack bits and rewrite the cached masked weight if scores or weight have changed since they were made."""
-        now = self._versions(prefix)
-        if now is not None and self._packed.get(prefix) == now and prefix in self._dense:
+        if not force and self._is_fresh(prefix):
             return
-        with torch.no_grad():
+        # Never as inference tensors: the next training step must be able to save them.
+        with torch.inference_mode(False), torch.no_grad():
             bits = rmt_kernels.pack_scores(self._parameters[prefix + "scores"], self.threshold)
             self._buffers[prefix + "bits"].copy_(bits)
             self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits)
-        self._packed[prefix] = now
+        self._packed[prefix] = self._versions(prefix)
 
     def mark_fresh(self, prefix: str = "") -> None:
         """What `rmt.optim.MaskAdam` calls once it has rewritten scores, bits and the masked weight together."""
@@ -102,12 +127,17 @@ class MaskedModule(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         # Scores stay fp32 through .half() and .bfloat16(): Adam steps of 8e-5 on 1e-2 vanish in 16 bits.
-        kept = {p: self._parameters[p + "scores"].detach() for p in self.mask_prefixes}
+        kept = {}
+        for prefix in self.mask_prefixes:
+            scores = self._parameters[prefix + "scores"]
+            kept[prefix] = scores.detach(), scores.grad
+            scores.grad = None
         super()._apply(fn, recurse)
-        for prefix, old in kept.items():
+        for prefix, (old, grad) in kept.items():
             new = self._parameters[prefix + "scores"]
             if new.dtype != torch.float32 and not old.is_meta:
                 new.data = old.to(new.device)
+            new.grad = None if grad is None else grad.to(new.device)
         self._dense, self._packed = {}, {}
         return self
 
@@ -285,11 +315,26 @@ def _masked_attention(attn: nn.Module, init: float, threshold: float) -> nn.Modu
             "from_module takes nn.MultiheadAttention or a module with a parameter in_proj_weight and a Linear "
             f"out_proj, got {type(attn).__name__}"
         )
-    host = type(attn)
-    body = {"mask_prefixes": ("in_proj_",), "in_proj_weight": property(lambda self: self._masked_weight("in_proj_"))}
     layer = copy.copy(attn)
-    layer.__class__ = type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
+    layer.__class__ = _masked_class(type(attn))
     return _mask_attention(layer, init, threshold)
+
+
+@functools.cache
+def _masked_class(host: type) -> type:
+    body = {
+        "mask_prefixes": ("in_proj_",),
+        "in_proj_weight": property(lambda self: self._masked_weight("in_proj_")),
+        "__reduce__": lambda self: (_rebuild, (host, self.__getstate__())),
+    }
+    return type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
+
+
+def _rebuild(host: type, state: dict) -> nn.Module:
+    """Unpickles a module of a class that pickle cannot find by name."""
+    layer = _masked_class(host).__new__(_masked_class(host))
+    layer.__dict__.update(state)
+    return layer
 
 
 def _need_module(module: Any, kind: type) -> None:
@@ -326,12 +371,15 @@ class Mask:
         """(N, K) masked weight, up to date."""
         return self.module.dense(self.prefix)
 
-    def refresh(self) -> None:
-        """Make bits and masked weight follow the scores now."""
-        self.module.refresh(self.prefix)
+    def refresh(self, force: bool = False) -> None:
+        """Make bits and masked weight follow the scores now. force: also where nothing seems to have changed."""
+        self.module.refresh(self.prefix, force)
 
     def set_bits(self, bits: Tensor) -> None:
-        """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off."""
+        """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off. Raises ValueError."""
+        want = tuple(self.module._buffers[self.prefix + "bits"].shape)
+        if bits.dtype != torch.int32 or tuple(bits.shape) != want:
+            raise ValueError(f"bits must be int32 {want}, got {bits.dtype} {tuple(bits.shape)}")
         on = rmt_kernels.reference.unpack_bits(bits.to(self.scores.device), self.scores.shape[1])
         if not 0 <= self.module.threshold < self.module.init:
             raise ValueError(f"need 0 <= threshold < init, got {self.module.threshold} and {self.module.init}")

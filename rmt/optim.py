@@ -1,5 +1,6 @@
 """Adam over mask scores: one call updates every layer's scores, bits and cached masked weight."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -32,18 +33,27 @@ class MaskAdam(torch.optim.Optimizer):
         if len(thresholds) > 1:
             raise ValueError(f"all masks must have one threshold, got {sorted(thresholds)}")
         self.threshold = thresholds.pop()
+        for name, value in {"lr": lr, "eps": eps}.items():
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be a finite number from 0 up, got {value!r}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas!r}")
         super().__init__([m.scores for m in self.masks], {"lr": lr, "betas": betas, "eps": eps, "step": 0})
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"masks": self.masks, "threshold": self.threshold}
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One Adam step. Masks whose scores have no gradient keep theirs."""
+        """One Adam step; returns the closure's loss. Masks whose scores have no gradient keep theirs."""
+        loss = None
         if closure is not None:
             with torch.enable_grad():
-                closure()
+                loss = closure()
         group = self.param_groups[0]
         live = [m for m in self.masks if m.scores.grad is not None]
         if not live:
-            return
+            return loss
         # One count for all: a mask that had no gradient in some step is bias-corrected as if it had.
         step = group["step"] = group["step"] + 1
         for mask in live:
@@ -56,8 +66,9 @@ class MaskAdam(torch.optim.Optimizer):
             [m.scores for m in live], [m.bits for m in live], [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states], [m.scores.grad for m in live],
             rmt_kernels.adam_factors(torch.tensor(step, device=live[0].scores.device), group["lr"], *group["betas"]),
-            dense=[m.dense for m in live], weights=[m.weight for m in live],
+            dense=[m.dense for m in live], weights=[m.weight.contiguous() for m in live],
             beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
         )  # fmt: skip
         for mask in live:
             mask.module.mark_fresh(mask.prefix)
+        return loss

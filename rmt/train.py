@@ -74,7 +74,11 @@ def tune(
             strength=config.strength, seed=config.seed, step=step, l2=config.l2,
         )  # fmt: skip
         optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            _measure(logits.detach(), teacher, label, config, found)  # a loss that is not finite says so itself
+            raise UserError(f"step {step + 1}: {error}") from error
         if (step + 1) % config.log_every == 0 or step + 1 == len(rates):
             log({"step": step + 1, "lr": rate, **_measure(logits.detach(), teacher, label, config, found)})
 

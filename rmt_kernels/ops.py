@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, reference
 
 _SCHEMAS = {
     "pack_bits": "(Tensor mask) -> Tensor",
@@ -184,14 +184,16 @@ def _need_matrix(name: str, value, *, floating: bool = True) -> None:
 
 
 def _need_like(name: str, value, shape: tuple, device: torch.device, dtypes: tuple = ()) -> None:
+    """dtypes empty: any floating dtype."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {value!r}")
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
-    if dtypes and value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.dtype not in dtypes if dtypes else not value.is_floating_point():
+        want = " or ".join(map(str, dtypes)) or "floating point"
+        raise TypeError(f"{name} must be {want}, got {value.dtype}")
 
 
 def _need_bits(weight: Tensor, bits, tasks: tuple = ()) -> None:
@@ -202,14 +204,17 @@ def _need_bits(weight: Tensor, bits, tasks: tuple = ()) -> None:
         raise ValueError(f"bits must be contiguous on {weight.device}, got {_describe(bits)}, strides {bits.stride()}")
 
 
-def _need_linear(x, weight, bits, bias, dense, columns: str) -> None:
+def _need_rows(name: str, value, columns: int, device: torch.device) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {_describe(value)}")
+    if value.dim() < 1 or value.shape[-1] != columns or value.device != device:
+        raise ValueError(f"{name} must be (..., {columns}) on {device}, got {_describe(value)}")
+
+
+def _need_linear(name, x, weight, bits, bias, dense, side: int) -> None:
     _need_matrix("weight", weight)
     _need_bits(weight, bits)
-    want = weight.shape[1 if columns == "in_features" else 0]
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"the input must be a floating point tensor, got {_describe(x)}")
-    if x.dim() < 1 or x.shape[-1] != want or x.device != weight.device:
-        raise ValueError(f"the input must be (..., {want}) on {weight.device}, got {_describe(x)}")
+    _need_rows(name, x, weight.shape[side], weight.device)
     if bias is not None:
         _need_like("bias", bias, (weight.shape[0],), weight.device)
     if dense is not None:
@@ -241,11 +246,14 @@ def _need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
         _need_like("rng", rng, (2,), device, (torch.int64,))
 
 
-def _may_wait(scores: Tensor) -> bool:
-    """Whether to look for NaN here: not where that would wait for the device, nor where the kernel looks itself."""
+def _need_no_nan(op: str, name: str, scores: Tensor) -> None:
+    """Looks for NaN after `op`, but not where that would wait for the device, nor where the kernel has looked."""
     if scores.device.type == "cpu":
-        return backends.choose("pack_scores", "cpu", (scores, 0.0)) != "cpu"
-    return os.environ.get("RMT_SYNC_ERRORS") == "1"
+        look = backends.last(op, "cpu") != "cpu"
+    else:
+        look = os.environ.get("RMT_SYNC_ERRORS") == "1"
+    if look and scores.isnan().any():
+        raise ValueError(f"{name} must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
 
 
 def _sync_errors(device: torch.device) -> None:
@@ -256,6 +264,9 @@ def _sync_errors(device: torch.device) -> None:
 
 def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """(2,) int64 [seed, step], the state that every draw depends on. Change it in place between CUDA graph replays."""
+    for name, value in (("seed", seed), ("step", step)):
+        if not isinstance(value, int) or not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name} must be a 64-bit integer, got {value!r}")
     return torch.tensor([seed, step], dtype=torch.int64, device=device)
 
 
@@ -275,9 +286,10 @@ def pack_scores(scores: Tensor, threshold: float) -> Tensor:
     """
     _need_matrix("scores", scores)
     threshold = _need_finite("threshold", threshold)
-    if not torch.compiler.is_compiling() and _may_wait(scores) and scores.isnan().any():
-        raise ValueError(f"scores must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
-    return _ops.pack_scores(scores, threshold)
+    bits = _ops.pack_scores(scores, threshold)
+    if not torch.compiler.is_compiling():
+        _need_no_nan("pack_scores", "scores", scores)
+    return bits
 
 
 def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
@@ -285,6 +297,8 @@ def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     _need_matrix("bits", bits, floating=False)
     if bits.dtype != torch.int32:
         raise TypeError(f"bits must be torch.int32, got {bits.dtype}")
+    if not isinstance(in_features, int | torch.SymInt):
+        raise TypeError(f"in_features must be an integer, got {in_features!r}")
     if bits.shape[1] != _words(in_features):
         want = _words(in_features)
         raise ValueError(f"bits must have {want} words a row for {in_features} columns, got {bits.shape[1]}")
@@ -311,16 +325,21 @@ def masked_linear(
         weight: (N, K), any floating dtype.
         bits: (N, ceil(K / 32)) int32 from `pack_scores`.
         bias: (N,).
-        dense: (N, K), `masked_weight(weight, bits)` if the caller keeps it: read where a dense product is faster.
+        dense: (N, K), `masked_weight(weight, bits)` if the caller keeps it. The product is then torch's own over it,
+            equal bit for bit to a plain layer with the mask merged in, unless a backend is forced.
         scores: (N, K), only so that their gradient (g.T @ x) * weight has somewhere to go; the forward ignores them.
 
     Raises: ValueError, TypeError on a wrong shape, dtype or device.
     """
-    _need_linear(x, weight, bits, bias, dense, "in_features")
+    _need_linear("x", x, weight, bits, bias, dense, 1)
     if scores is not None:
         _need_like("scores", scores, weight.shape, weight.device)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, scores))
+    if dense is not None and not wanted and not backends.forced():
+        # No graph to record: the op's own way through the dispatcher would cost more than a product of one row.
+        return reference.masked_linear(x, weight, bits, bias, dense)
     y = _ops.masked_linear(x, weight, bits, bias, dense, scores)
     _sync_errors(x.device)
     return y
@@ -328,7 +347,7 @@ def masked_linear(
 
 def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, *, dense: Tensor | None = None) -> Tensor:
     """dx = g @ (weight * bits), (..., N) -> (..., K). Raises ValueError, TypeError."""
-    _need_linear(g, weight, bits, None, dense, "out_features")
+    _need_linear("g", g, weight, bits, None, dense, 0)
     dx = _ops.masked_linear_dx(g, weight, bits, dense)
     _sync_errors(g.device)
     return dx
@@ -350,10 +369,13 @@ def grouped_masked_linear(
     Raises: ValueError, TypeError; ValueError where a gradient would be needed, since serving has no backward.
     """
     _need_matrix("weight", weight)
-    _need_like("offsets", offsets, (bits.shape[0] + 1,), weight.device, (torch.int64,))
-    _need_bits(weight, bits, (bits.shape[0],))
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != weight.shape[1] or x.device != weight.device:
-        raise ValueError(f"x must be (M, {weight.shape[1]}) on {weight.device}, got {_describe(x)}")
+    if not isinstance(bits, Tensor) or bits.dim() != 3 or not len(bits):
+        raise ValueError(f"bits must be (T, N, ceil(K / 32)) with at least one task, got {_describe(bits)}")
+    _need_bits(weight, bits, (len(bits),))
+    _need_like("offsets", offsets, (len(bits) + 1,), weight.device, (torch.int64,))
+    _need_rows("x", x, weight.shape[1], weight.device)
+    if x.dim() != 2:
+        raise ValueError(f"x must be (M, {weight.shape[1]}), got {_describe(x)}")
     if bias is not None:
         _need_like("bias", bias, (weight.shape[0],), weight.device)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -386,11 +408,10 @@ def mask_grad(
     _need_matrix("weight", weight)
     strength = _need_strength(strength)
     n, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x must be (..., {k}), got {tuple(x.shape)}")
-    for name, g in (("g_task", g_task), ("g_general", g_general)):
-        if g is not None:
-            _need_like(name, g, (*x.shape[:-1], n), weight.device)
+    _need_rows("x", x, k, weight.device)
+    _need_like("g_task", g_task, (*x.shape[:-1], n), weight.device)
+    if g_general is not None:
+        _need_like("g_general", g_general, g_task.shape, weight.device)
     _need_dropout(weight.shape, weight.device, g_general, scores, penalty, rng)
     rows = [None if t is None else _rows(t) for t in (x, g_task, g_general)]
     grad = _ops.mask_grad(*rows, weight, scores, penalty, rng, strength, stream)
@@ -428,7 +449,8 @@ def mask_update_(
         dense, weights: both empty, or (N, K) per layer. dense must hold the masked weight of the old bits: only words
             that change are rewritten.
 
-    Raises: ValueError, TypeError before anything is written.
+    Raises: ValueError, TypeError before anything is written; ValueError afterwards where scores became NaN (on CUDA
+        only with RMT_SYNC_ERRORS=1: the check waits for the device).
     """
     lists = {"bits": bits, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads}
     lists |= {"dense": dense, "weights": weights} if dense or weights else {}
@@ -439,12 +461,14 @@ def mask_update_(
         raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r} and {beta2!r}")
     for i, s in enumerate(scores):
         _need_matrix(f"scores[{i}]", s)
+        _need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
+        _need_bits(s, bits[i])
         for name, values in lists.items():
-            if name == "bits":
-                _need_bits(s, values[i])
-            else:
-                fp32 = () if name in ("dense", "weights") else (torch.float32, torch.float64)
-                _need_like(f"{name}[{i}]", values[i], s.shape, s.device, fp32)
+            if name == "weights":
+                _need_like(f"weights[{i}]", values[i], s.shape, s.device)
+            elif name != "bits":
+                dtype = weights[i].dtype if name == "dense" else torch.float32
+                _need_like(f"{name}[{i}]", values[i], s.shape, s.device, (dtype,))
             if not values[i].is_contiguous() or not s.is_contiguous():
                 raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
     if scores:
@@ -453,4 +477,10 @@ def mask_update_(
             list(scores), list(bits), list(exp_avgs), list(exp_avg_sqs), list(dense), list(grads), list(weights),
             factors, beta1, beta2, _need_finite("eps", eps), _need_finite("threshold", threshold),
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return
+        # A list that an op writes leaves its tensors' version counters alone; autograd and the layers go by them.
+        torch.autograd.graph.increment_version([*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense])
         _sync_errors(scores[0].device)
+        for i, s in enumerate(scores):
+            _need_no_nan("mask_update_", f"scores[{i}]", s)

@@ -148,22 +148,28 @@ static inline void adam_block(const MaskUpdate& p, int64_t first, int64_t count)
   }
 }
 
-void mask_update(const MaskUpdate& p, int threads) {
+int64_t mask_update(const MaskUpdate& p, int threads) {
+  std::atomic<int64_t> nans{0};
   for_words(p.n, p.k, threads, [&](int64_t word, int64_t first, int64_t count) {
     uint32_t now;
+    bool nan;
     if (count == 32) {
       adam_block(p, first, 32);
       now = compare32(p.scores + first, p.threshold);
+      nan = any_nan32(p.scores + first);
     } else {
       adam_block(p, first, count);
       float tail[32] = {};
       std::memcpy(tail, p.scores + first, count * sizeof(float));
       now = compare32(tail, p.threshold) & tail_mask(count);
+      nan = any_nan32(tail);
     }
+    if (nan) nans.fetch_add(1, std::memory_order_relaxed);
     // Flips are rare: the masked weight costs traffic only where a word has changed.
     if (p.dense && now != p.bits[word]) select_any(p.itemsize, now, p.weight, p.dense, first, count);
     p.bits[word] = now;
   });
+  return nans;
 }
 
 void uniform(const Draw& draw, float* out, int64_t numel, int threads) {

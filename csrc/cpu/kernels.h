@@ -57,6 +57,7 @@ struct MaskedLinear {
   int64_t tasks, n, k, x_stride;
 };
 
+// pack_scores and mask_update return how many words held a NaN score.
 struct Kernels {
   const char* isa;
   bool has_bf16;  // masked_linear in bf16
@@ -65,7 +66,7 @@ struct Kernels {
   void (*unpack_bits)(const uint32_t* bits, int64_t n, int64_t k, uint8_t* mask, int threads);
   void (*masked_weight)(const void* weight, const uint32_t* bits, int64_t n, int64_t k, int itemsize, void* out, int threads);
   void (*gradient_dropout)(const GradientDropout& p, int threads);
-  void (*mask_update)(const MaskUpdate& p, int threads);
+  int64_t (*mask_update)(const MaskUpdate& p, int threads);
   void (*masked_linear)(const MaskedLinear& p, int threads);
   void (*uniform)(const Draw& draw, float* out, int64_t numel, int threads);
 };

@@ -26,6 +26,8 @@ CONFIRMED = frozenset(json.loads(Path(__file__).with_name("confirmed.json").read
 _modules: dict[str, object] = {}
 _last: dict[tuple[str, str], str] = {}
 _forced: str | None = os.environ.get("RMT_BACKEND") or None
+if _forced not in (None, *NAMES):
+    raise ValueError(f"RMT_BACKEND must be one of {', '.join(NAMES)}, got {_forced!r}")
 
 
 class BackendUnavailable(RuntimeError):
@@ -65,6 +67,16 @@ def unconfirmed(name: str, op: str, device: str) -> str | None:
     if device == "cpu" and name == "triton":
         return "Triton's interpreter, for tests only"
     return None
+
+
+def forced() -> str | None:
+    """The backend that every op is served from, if one was asked for."""
+    return _forced
+
+
+def last(op: str, device: str) -> str | None:
+    """The backend that served `op` on `device` most recently."""
+    return _last.get((op, device))
 
 
 def choose(op: str, device: str, args: tuple) -> str:

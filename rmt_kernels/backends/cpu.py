@@ -1,7 +1,8 @@
 """C++ kernels for CPU tensors (csrc/cpu): one build for all instruction sets, chosen when loaded.
 
-Weight-sized work is fused and runs on torch's OpenMP threads. Products of few rows run straight from the words;
-larger ones are torch's own GEMM over the masked weight, which the caller keeps in `dense` or which is made here.
+Weight-sized work is fused and runs on torch's OpenMP threads. Where the caller keeps the masked weight in `dense`, a
+product is torch's own GEMM over it, bit for bit as in a plain layer; where it keeps the bits alone, few rows run
+straight from the words, and more make the masked weight first.
 """
 
 from itertools import pairwise
@@ -12,11 +13,13 @@ from torch import Tensor
 from .. import reference
 from .native import DTYPES, extension, missing
 
-# Up to this many rows the fused product beats torch's GEMM over a ready masked weight: bench/results/cpu_small_m.json,
-# written by `python bench/small_m.py`.
-SMALL_M = {torch.float32: 8, torch.bfloat16: 2}
-NOTES = {"masked_linear": f"first choice; up to {SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight "
-         "from the bits, more through torch's GEMM over the masked weight"}  # fmt: skip
+# Up to this many rows the product straight from the bits beats making the masked weight and torch's GEMM over it:
+# bench/results/cpu_small_m.json, written by `python bench/small_m.py`.
+SMALL_M = {torch.float32: 32, torch.bfloat16: 8}
+NOTES = {
+    "masked_linear": "first choice; torch's GEMM over `dense`; without it, up to "
+    f"{SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight from the bits"
+}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISA = None if extension is None else extension.cpu_isa()
 
@@ -102,7 +105,7 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
-    if x.numel() <= SMALL_M.get(x.dtype, 0) * x.shape[-1] and x.numel():
+    if dense is None and 0 < x.numel() <= SMALL_M.get(x.dtype, 0) * x.shape[-1]:
         rows = x.reshape(-1, x.shape[-1])
         if _fused(rows, weight, bias):
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -174,11 +177,13 @@ def mask_update_(
     for i, s in enumerate(scores):
         n, k = s.shape
         d, w = (dense[i], weights[i]) if dense else (None, None)
-        extension.cpu_mask_update(
+        nans = extension.cpu_mask_update(
             s.data_ptr(), bits[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), _ptr(d), _ptr(w),
             0 if d is None else d.element_size(), grads[i].data_ptr(), n, k, step_size, denom_scale, beta1, beta2,
             eps, threshold, _threads(n * k),
         )  # fmt: skip
+        if nans:
+            raise ValueError(f"scores[{i}] must not be NaN, got NaN in {nans} words of 32: is a gradient NaN?")
 
 
 def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:

@@ -78,7 +78,7 @@ def test_small_products_take_any_strides_and_leading_dimensions():
 def test_grouped_equals_each_task_alone_bit_for_bit(dtype):
     t = layer((23, 50, 100), dtype)
     bits = torch.stack([rk.pack_bits(torch.rand(50, 100) > 0.1 * i) for i in range(6)])
-    offsets = torch.tensor([0, 1, 1, 6, 10, 19, 23])
+    offsets = torch.tensor([0, 1, 1, 6, 10, 17, 23])
     got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
     for i in range(6):
         a, b = offsets[i : i + 2].tolist()
@@ -92,6 +92,7 @@ def test_grouped_equals_each_task_alone_bit_for_bit(dtype):
 def test_gradient_dropout_drops_the_same_elements(shape, weight_dtype, strength):
     _, n, k = shape
     t = layer((4, n, k), weight_dtype or torch.float32)
+    torch.manual_seed(0)
     ga, gb = torch.randn(n, k) * 1e-4, torch.randn(n, k) * 1e-4
     weight = None if weight_dtype is None else t["weight"]
     got = rk.gradient_dropout(
@@ -102,7 +103,8 @@ def test_gradient_dropout_drops_the_same_elements(shape, weight_dtype, strength)
     uniform = reference.philox_uniform(t["rng"], 3, (n, k))
     assert_same_dropout(got, a, b, uniform.double(), strength)
     plain = rk.gradient_dropout(ga, None, weight, t["scores"], penalty=t["penalty"])
-    assert torch.allclose(plain.double(), a, rtol=1e-6, atol=1e-12)
+    by_reference = reference.gradient_dropout(ga, None, weight, t["scores"], t["penalty"], None, strength, 3)
+    assert_no_worse(plain, by_reference, a)
 
 
 def test_draws_equal_the_reference_bit_for_bit():
@@ -122,7 +124,8 @@ def test_update_follows_the_reference(shape, dense_dtype):
     weights = [torch.randn_like(s).to(dense_dtype or torch.float32) for s in scores]
     bits = [reference.pack_scores(s, THRESHOLD) for s in scores]
     old_bits = [b.clone() for b in bits]
-    m, v, grads = ([torch.randn_like(s).abs() * 1e-3 for s in scores] for _ in range(3))
+    m, grads = ([torch.randn_like(s) * 1e-3 for s in scores] for _ in range(2))
+    v = [torch.rand_like(s) * 1e-6 for s in scores]
     dense = [] if dense_dtype is None else [reference.masked_weight(w, b) for w, b in zip(weights, bits)]
     factors = rk.adam_factors(torch.tensor(3), 1e-3, 0.9, 0.999)
 

@@ -289,7 +289,7 @@ def test_set_bits_turns_exactly_those_on(case):
 
 def test_set_bits_of_a_wrong_width_or_without_room_is_refused():
     layer = rmt.FusedMaskedLinear(37, 12)
-    with pytest.raises(ValueError, match="2 words a row for 37 columns, got 1"):
+    with pytest.raises(ValueError, match=r"int32 \(12, 2\), got torch.int32 \(12, 1\)"):
         rmt.masks(layer)[0].set_bits(torch.zeros(12, 1, dtype=torch.int32))
     with pytest.raises(ValueError):
         rmt.masks(layer)[0].set_bits(torch.zeros(11, 2, dtype=torch.int32))

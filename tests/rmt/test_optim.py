@@ -294,8 +294,8 @@ REFUSALS = {
             nn.ModuleList([rmt.FusedMaskedLinear(2, 2), rmt.FusedMaskedLinear(2, 2, threshold=1e-3)])
         ), r"one threshold, got \[0.001, 0.005\]",
     ),
-    "beta": (lambda: one_step(betas=(1.0, 0.9)), r"\[0, 1\), got 1.0"),
-    "eps-nan": (lambda: one_step(eps=float("nan")), "eps must be a finite number, got nan"),
+    "beta": (lambda: one_step(betas=(1.0, 0.9)), r"\[0, 1\), got \(1.0, 0.9\)"),
+    "eps-nan": (lambda: one_step(eps=float("nan")), "eps must be a finite number from 0 up, got nan"),
     "rate-nan": (lambda: one_step(lr=float("nan")), "lr must be.*got nan"),
     "rate-negative": (lambda: one_step(lr=-1.0), "lr must be.*got -1"),
 }  # fmt: skip
