@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import rmt
 import rmt_kernels as rk
 
 STRENGTH = 0.3
 LEGEND = (
     "'over it': rmt's time over the dense product's alone (over a copy of the same bytes, for the update); "
-    "'published', 'compiled': how many times as long those take as rmt."
+    "'from bits': the same, straight from the bits, without a kept masked weight; 'published', 'compiled': how many "
+    "times as long those take as rmt."
 )
 # The op whose backend a row names.
 SERVED = {
@@ -48,6 +50,7 @@ class Layer:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     rng: Tensor
+    module: rmt.FusedMaskedLinear
 
     @classmethod
     def random(cls, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> "Layer":
@@ -64,7 +67,12 @@ class Layer:
         zeros = torch.zeros_like(scores), torch.zeros_like(scores)
         x, bias = normal(m, k).to(dtype), normal(n).to(dtype)
         dense = rk.masked_weight(weight, bits)
-        return cls(x, weight, bias, scores, bits, dense, g_task, g_general, *zeros, rk.rng_state(1, 1, device))
+        plain = torch.nn.Linear(k, n, device="meta")
+        plain.weight, plain.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        module = rmt.FusedMaskedLinear.from_linear(plain)
+        module.scores.data.copy_(scores)
+        rng = rk.rng_state(1, 1, device)
+        return cls(x, weight, bias, scores, bits, dense, g_task, g_general, *zeros, rng, module)
 
     @property
     def penalty(self) -> Tensor:
@@ -72,6 +80,9 @@ class Layer:
 
     def masked_linear(self) -> Tensor:
         return rk.masked_linear(self.x, self.weight, self.bits, self.bias, dense=self.dense)
+
+    def from_bits(self) -> Tensor:
+        return rk.masked_linear(self.x, self.weight, self.bits, self.bias)
 
     def masked_linear_dx(self) -> Tensor:
         return rk.masked_linear_dx(self.g_task, self.weight, self.bits, dense=self.dense)
@@ -120,7 +131,9 @@ def check(layer: Layer) -> None:
         assert error < tol, f"{what}: relative error {error:.1e} against the published sequence"
 
     weight = official.effective_weight(t.weight, t.scores).to(t.x.dtype)
-    close(t.masked_linear(), F.linear(t.x, weight, t.bias), "forward")
+    forward = F.linear(t.x, weight, t.bias)
+    for got, what in ((t.module(t.x), "module"), (t.masked_linear(), "op"), (t.from_bits(), "op from the bits")):
+        close(got, forward, f"forward of the {what}")
     close(t.masked_linear_dx(), t.g_task @ weight, "input cotangent")
     x, g_task, g_general, w = (v.float() for v in (t.x, t.g_task, t.g_general, t.weight))
     a, b = official.score_gradients(x, g_task, g_general, w, t.scores)
@@ -142,8 +155,9 @@ def variants(t: Layer, compiled: tuple[Callable, Callable] | None) -> dict[str, 
     published_after = official.epilogue_and_update
     ops = {
         "forward": {
-            "rmt": t.masked_linear,
-            "rmt bits only": lambda: rk.masked_linear(t.x, t.weight, t.bits, t.bias),
+            "rmt": lambda: t.module(t.x),
+            "rmt op": t.masked_linear,
+            "rmt bits only": t.from_bits,
             "dense": lambda: F.linear(t.x, t.weight, t.bias),
             "published": lambda: F.linear(t.x, effective(t.weight, t.scores).to(t.x.dtype), t.bias),
         },
@@ -230,13 +244,18 @@ def compile_baselines() -> tuple[Callable, Callable]:
 def row_of(base: dict, op: str, m: int, shape: tuple, name: str, times: dict, limit_ms: float) -> dict:
     n, k = shape
     medians = {variant: t[1] for variant, t in times.items()}
-    ours = medians["rmt"]
     floor = medians.get("dense", medians.get("copy of the bytes"))
+
+    def ratio(variant: str, base_ms: float) -> float | None:
+        return medians[variant] / base_ms if variant in medians else None
+
     return base | {
         "op": op, "layer": name, "M": m, "N": n, "K": k,
         "ms": {variant: {"p20": t[0], "median": t[1], "p80": t[2]} for variant, t in times.items()},
-        "limit_ms": limit_ms, "rmt_over_floor": ours / floor, "published_over_rmt": medians["published"] / ours,
-        "compiled_over_rmt": medians["compiled"] / ours if "compiled" in medians else None,
+        "limit_ms": limit_ms,
+        "rmt_over_floor": ratio("rmt", floor), "bits_only_over_floor": ratio("rmt bits only", floor),
+        "published_over_rmt": ratio("published", medians["rmt"]),
+        "compiled_over_rmt": ratio("compiled", medians["rmt"]),
     }  # fmt: skip
 
 
@@ -247,16 +266,17 @@ def show(rows: list[dict]) -> None:
             continue
         ms = {name: value["median"] for name, value in r["ms"].items()}
         floor = ms.get("dense", ms.get("copy of the bytes"))
+        bits_only = "-" if r["bits_only_over_floor"] is None else f"{r['bits_only_over_floor']:.2f}x"
         compiled = "-" if r["compiled_over_rmt"] is None else f"{r['compiled_over_rmt']:.1f}x"
         ours = r["ms"]["rmt"]
         lines.append([
             r["op"], f"{r['N']}x{r['K']}", str(r["M"]), r["backend"], f"{ours['median']:.3f}", f"{ours['p20']:.3f}",
-            f"{ours['p80']:.3f}", f"{floor:.3f}", f"{r['rmt_over_floor']:.2f}x", f"{r['published_over_rmt']:.1f}x",
-            compiled, f"{100 * r['limit_ms'] / ours['median']:.0f} %",
+            f"{ours['p80']:.3f}", f"{floor:.3f}", f"{r['rmt_over_floor']:.2f}x", bits_only,
+            f"{r['published_over_rmt']:.1f}x", compiled, f"{100 * r['limit_ms'] / ours['median']:.0f} %",
         ])  # fmt: skip
     header = [
-        "op", "N x K", "M", "backend", "rmt ms", "p20", "p80", "dense/copy ms", "over it", "published", "compiled",
-        "of limit",
+        "op", "N x K", "M", "backend", "rmt ms", "p20", "p80", "dense/copy ms", "over it", "from bits", "published",
+        "compiled", "of limit",
     ]  # fmt: skip
     harness.print_table(header, lines)
     for r in rows:
