@@ -208,7 +208,12 @@ class FusedMaskedConv2d(MaskedModule, nn.Conv2d):
     """`nn.Conv2d` with a mask: patch embeddings and ResNet convolutions. scores (N, K) with K = C / groups * kh * kw.
 
     The product is cuDNN's or oneDNN's over the masked weight, whose gradient reaches the scores straight through.
+    Arguments are those of `nn.Conv2d`, then init and threshold as for `FusedMaskedLinear`.
     """
+
+    def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_masks(init, threshold)
 
     @classmethod
     def from_module(cls, conv: nn.Conv2d, init: float = INIT, threshold: float = THRESHOLD) -> "FusedMaskedConv2d":
@@ -242,9 +247,14 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
 
     Self-attention without returned weights runs the masked linears and scaled-dot-product attention; every other call
     (cross-attention, `need_weights`, key padding) runs `F.multi_head_attention_forward` over the masked weights.
+    Arguments are those of `nn.MultiheadAttention`, then init and threshold as for `FusedMaskedLinear`.
     """
 
     mask_prefixes = ("in_proj_",)
+
+    def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        _mask_packed_attention(self, init, threshold)
 
     @classmethod
     def from_module(cls, attn: nn.Module, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
@@ -252,11 +262,10 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
         open_clip's own `Attention`: a parameter `in_proj_weight`, a Linear `out_proj`, its own forward."""
         if not isinstance(attn, nn.MultiheadAttention):
             return _masked_attention(attn, init, threshold)
-        if attn.in_proj_weight is None:
-            raise ValueError("attention with separate q, k, v weights (kdim or vdim) cannot be masked here")
+        _need_module(attn, nn.MultiheadAttention)
         layer = copy.copy(attn)
         layer.__class__ = cls
-        return _mask_attention(layer, init, threshold)
+        return _mask_packed_attention(layer, init, threshold)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -295,6 +304,14 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
         y = self.out_proj(y.permute(2, 0, 1, 3).contiguous().view(batch * length, width))
         y = y.view(length, batch, width)
         return y.transpose(0, 1) if self.batch_first else y
+
+
+def _mask_packed_attention(layer: FusedMaskedMultiheadAttention, init: float, threshold: float) -> nn.Module:
+    if layer.in_proj_weight is None:
+        raise ValueError("attention with separate q, k, v weights (kdim or vdim) cannot be masked here")
+    # nn.TransformerEncoderLayer's eval fast path reads weights past our forward; it keeps off where this is False.
+    layer._qkv_same_embed_dim = False
+    return _mask_attention(layer, init, threshold)
 
 
 def _mask_attention(layer: nn.Module, init: float, threshold: float) -> nn.Module:

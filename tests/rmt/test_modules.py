@@ -787,3 +787,43 @@ def test_open_clips_own_attention_merges_under_disabled():
     x = torch.randn(2, 5, 24)
     with rk.use_backend("reference"), rmt.disabled(masked):
         assert torch.equal(masked(x), plain(x))
+
+
+def test_an_encoder_layers_eval_fast_path_does_not_bypass_the_masks():
+    encoder = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True).eval()
+    encoder.self_attn = rmt.FusedMaskedMultiheadAttention.from_module(encoder.self_attn)
+    encoder.linear1 = rmt.FusedMaskedLinear.from_linear(encoder.linear1)
+    for mask in rmt.masks(encoder):
+        mask.set_bits(reference.pack_bits(torch.rand(mask.scores.shape) > 0.5))
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x), ordinary(encoder, x))
+
+
+def ordinary(encoder: nn.TransformerEncoderLayer, x: torch.Tensor) -> torch.Tensor:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return encoder(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize(
+    "layer, x",
+    [
+        (lambda: rmt.FusedMaskedLinear(5, 3), (2, 5)),
+        (lambda: rmt.FusedMaskedConv2d(2, 4, 3, padding=1, init=0.5, threshold=0.1), (1, 2, 6, 6)),
+        (lambda: rmt.FusedMaskedMultiheadAttention(8, 2, batch_first=True), (2, 3, 8)),
+    ],
+    ids=["linear", "conv", "attention"],
+)
+def test_built_anew_a_module_has_masks_that_are_all_on(layer, x):
+    module, x = layer(), torch.randn(x)
+    y = module(x, x, x, need_weights=False)[0] if isinstance(module, nn.MultiheadAttention) else module(x)
+    with rmt.disabled(module):
+        plain = module(x, x, x, need_weights=False)[0] if isinstance(module, nn.MultiheadAttention) else module(x)
+    assert torch.equal(y, plain) and rmt.masks(module)
+    assert {n for n, p in module.named_parameters() if p.requires_grad} == {
+        n for n, _ in module.named_parameters() if n.endswith("scores")
+    }
