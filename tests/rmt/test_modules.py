@@ -790,7 +790,7 @@ def test_open_clips_own_attention_merges_under_disabled():
 
 
 def test_an_encoder_layers_eval_fast_path_does_not_bypass_the_masks():
-    encoder = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True).eval()
+    encoder = nn.TransformerEncoderLayer(24, 4, 40, batch_first=True).eval()
     encoder.self_attn = rmt.FusedMaskedMultiheadAttention.from_module(encoder.self_attn)
     encoder.linear1 = rmt.FusedMaskedLinear.from_linear(encoder.linear1)
     for mask in rmt.masks(encoder):
