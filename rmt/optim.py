@@ -57,7 +57,6 @@ class MaskAdam(torch.optim.Optimizer):
         # One count for all: a mask that had no gradient in some step is bias-corrected as if it had.
         step = group["step"] = group["step"] + 1
         for mask in live:
-            mask.refresh()
             if not self.state[mask.scores]:
                 averages = (torch.zeros_like(mask.scores) for _ in range(2))
                 self.state[mask.scores] = dict(zip(("exp_avg", "exp_avg_sq"), averages))

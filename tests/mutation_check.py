@@ -86,7 +86,7 @@ MUTATIONS = [
     ("unconfirmed GPU kernels by default", "rmt_kernels/backends/__init__.py",
      'not in CONFIRMED:', 'in CONFIRMED:', BACKENDS),
     ("refresh ignores versions", "rmt/modules.py",
-     "self._packed.get(prefix) == now and prefix in self._dense", "prefix in self._dense", MODULES),
+     "all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))", "True", MODULES),
     ("in-projection without its bias", "rmt/modules.py",
      "self._linear(x, \"in_proj_\", self.in_proj_bias)", "self._linear(x, \"in_proj_\", None)",
      [*MODULES[:1], "-k", "attention"]),
@@ -99,8 +99,8 @@ MUTATIONS = [
     ("L2 norm squared", "rmt/backward.py",
      "l2 / mask.scores.norm().clamp_min(torch.finfo(torch.float32).tiny)", "torch.tensor(2 * l2)", BACKWARD),
     ("step never counted", "rmt/optim.py", 'group["step"] + 1', '1', OPTIM),
-    ("old masked weight not made fresh first", "rmt/optim.py",
-     "            mask.refresh()\n", "            mask.dense if False else None\n", OPTIM),
+    ("masked weight left old", "rmt/optim.py",
+     "dense=[m.dense for m in live]", "dense=[m.dense.clone() for m in live]", OPTIM),
 ]  # fmt: skip
 
 
