@@ -1,15 +1,9 @@
 """Regularized mask tuning of CLIP: adapt a frozen model by learning which weights to switch off."""
 
+from .attention import FusedMaskedMultiheadAttention
 from .backward import backward
-from .modules import (
-    FusedMaskedConv2d,
-    FusedMaskedLinear,
-    FusedMaskedMultiheadAttention,
-    Mask,
-    MaskedModule,
-    disabled,
-    masks,
-)
+from .masked import Mask, MaskedModule, disabled, masks
+from .modules import FusedMaskedConv2d, FusedMaskedLinear
 from .optim import MaskAdam
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 import rmt_kernels
 
-from .modules import Mask, masks
+from .masked import Mask, masks
 
 Loss = Tensor | tuple[Tensor, Tensor]
 

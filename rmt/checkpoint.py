@@ -36,7 +36,7 @@ from torch import Tensor
 import rmt_kernels as rk
 
 from .config import RunConfig, UserError
-from .modules import Mask
+from .masked import Mask
 
 FORMAT_VERSION = 1
 _FIELDS = {

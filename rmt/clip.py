@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError
-from .modules import disabled
+from .masked import disabled
 
 Tokenizer = Callable[[list[str]], Tensor]
 

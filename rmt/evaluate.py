@@ -11,8 +11,8 @@ from . import clip
 from .checkpoint import Task, apply_task, load_task
 from .config import RunConfig, UserError, from_json
 from .data import Split, eval_batches, read_folder
+from .masked import Mask
 from .masking import apply_masks
-from .modules import Mask
 
 CONFIG_FILE, TASK_FILE, RESULT_FILE = "config.json", "task.safetensors", "result.json"
 

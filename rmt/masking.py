@@ -13,8 +13,10 @@ import re
 
 from torch import nn
 
+from .attention import FusedMaskedMultiheadAttention
 from .config import MaskConfig, UserError
-from .modules import FusedMaskedConv2d, FusedMaskedLinear, FusedMaskedMultiheadAttention, Mask, masks
+from .masked import Mask, masks
+from .modules import FusedMaskedConv2d, FusedMaskedLinear
 
 _BLOCK = r"visual\.transformer\.resblocks\.\d+\."
 PATTERNS = {

@@ -8,7 +8,7 @@ from torch import nn
 
 import rmt_kernels
 
-from .modules import Mask, masks
+from .masked import Mask, masks
 
 
 class MaskAdam(torch.optim.Optimizer):

@@ -28,8 +28,8 @@ from .checkpoint import environment, save_task, write_json, write_whole
 from .config import MaskConfig, RunConfig, TrainConfig, UserError, to_json
 from .data import TrainBatches, few_shot
 from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FILE, Accuracy, Setup, prepare
+from .masked import Mask, masks
 from .masking import count_off, percent_off
-from .modules import Mask, masks
 from .optim import MaskAdam
 
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from rmt.config import MaskConfig, UserError, parse_targets
+from rmt.masked import disabled, masks
 from rmt.masking import apply_masks, count_off, find_targets, percent_off
-from rmt.modules import disabled, masks
 
 BLOCK = "visual.transformer.resblocks."
 

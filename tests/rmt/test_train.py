@@ -8,8 +8,8 @@ import torch.nn.functional as F
 import rmt_kernels as rk
 from rmt import clip
 from rmt.config import MaskConfig, TrainConfig, UserError
+from rmt.masked import masks
 from rmt.masking import apply_masks, count_off
-from rmt.modules import masks
 from rmt.train import learning_rates, tune, warn_flip_budget
 
 RATES = [4e-4] * 5

@@ -1,0 +1,126 @@
+"""Masked attention: `nn.MultiheadAttention`, and open_clip's own `Attention` of any version."""
+
+import copy
+import functools
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .masked import INIT, THRESHOLD, MaskedModule
+from .modules import FusedMaskedLinear, need_plain
+
+
+class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with masks on the packed in-projection (3E, E) and on `out_proj` (E, E).
+
+    Self-attention without returned weights runs the masked linears and scaled-dot-product attention; every other call
+    (cross-attention, `need_weights`, key padding) runs `F.multi_head_attention_forward` over the masked weights.
+    Arguments are those of `nn.MultiheadAttention`, then init and threshold as for `FusedMaskedLinear`.
+    """
+
+    mask_prefixes = ("in_proj_",)
+
+    def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        _mask_packed_attention(self, init, threshold)
+
+    @classmethod
+    def from_module(cls, attn: nn.Module, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
+        """A masked layer on `attn`'s own tensors. Takes `nn.MultiheadAttention`, or a module of the shape of
+        open_clip's own `Attention`: a parameter `in_proj_weight`, a Linear `out_proj`, its own forward."""
+        if not isinstance(attn, nn.MultiheadAttention):
+            return _masked_attention(attn, init, threshold)
+        need_plain(attn, nn.MultiheadAttention)
+        layer = copy.copy(attn)
+        layer.__class__ = cls
+        return _mask_packed_attention(layer, init, threshold)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As `nn.MultiheadAttention.forward`. (L, B, E), or (B, L, E) with batch_first, or (L, E) -> same shape."""
+        packed = query is key and key is value and query.dim() == 3 and self.bias_k is None and not self.add_zero_attn
+        if packed and not need_weights and key_padding_mask is None and not is_causal:
+            return self._self_attention(query, attn_mask), None
+        if self.batch_first and query.dim() == 3:
+            same = query is key, key is value
+            query = query.transpose(0, 1)
+            key = query if same[0] else key.transpose(0, 1)
+            value = key if same[1] else value.transpose(0, 1)
+        y, weights = F.multi_head_attention_forward(
+            query, key, value, self.embed_dim, self.num_heads, self._masked_weight("in_proj_"), self.in_proj_bias,
+            self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj._masked_weight(""),
+            self.out_proj.bias, self.training, key_padding_mask, need_weights, attn_mask,
+            average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+        return (y.transpose(0, 1) if self.batch_first and y.dim() == 3 else y), weights
+
+    def _self_attention(self, x: Tensor, attn_mask: Tensor | None) -> Tensor:
+        # Layouts, and so rounding, are those of F.multi_head_attention_forward: outputs equal its own bit for bit.
+        x = x.transpose(0, 1) if self.batch_first else x  # (L, B, E)
+        length, batch, width = x.shape
+        heads, size = self.num_heads, width // self.num_heads
+        packed = self._linear(x, "in_proj_", self.in_proj_bias)  # (L, B, 3E)
+        qkv = packed.unflatten(-1, (3, width)).permute(2, 0, 1, 3).contiguous()
+        q, k, v = (t.view(length, batch * heads, size).transpose(0, 1).view(batch, heads, length, size) for t in qkv)
+        if attn_mask is not None:
+            attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", q.dtype, False)
+            attn_mask = attn_mask.view(batch, heads, length, length) if attn_mask.dim() == 3 else attn_mask[None, None]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, self.dropout if self.training else 0.0)
+        y = self.out_proj(y.permute(2, 0, 1, 3).contiguous().view(batch * length, width))
+        y = y.view(length, batch, width)
+        return y.transpose(0, 1) if self.batch_first else y
+
+
+def _mask_packed_attention(layer: FusedMaskedMultiheadAttention, init: float, threshold: float) -> nn.Module:
+    if layer.in_proj_weight is None:
+        raise ValueError("attention with separate q, k, v weights (kdim or vdim) cannot be masked here")
+    # nn.TransformerEncoderLayer's eval fast path reads weights past our forward; it keeps off where this is False.
+    layer._qkv_same_embed_dim = False
+    return _mask_attention(layer, init, threshold)
+
+
+def _mask_attention(layer: nn.Module, init: float, threshold: float) -> nn.Module:
+    """Gives a shallow copy of an attention module tables of its own, a masked out-projection and masks."""
+    for table in ("_parameters", "_buffers", "_modules"):
+        layer.__dict__[table] = layer.__dict__[table].copy()
+    layer.out_proj = FusedMaskedLinear.from_linear(layer.out_proj, init, threshold)
+    scores = layer.out_proj.scores
+    layer._add_masks(init, threshold)
+    scores.requires_grad_(True)
+    return layer
+
+
+def _masked_attention(attn: nn.Module, init: float, threshold: float) -> nn.Module:
+    """open_clip's own `Attention`, of whatever version: its forward runs as it is, and reads the masked weight.
+
+    The in-projection's product is therefore the host's `F.linear` over the masked weight.
+    """
+    weight, out_proj = getattr(attn, "in_proj_weight", None), getattr(attn, "out_proj", None)
+    if not isinstance(weight, nn.Parameter) or not isinstance(out_proj, nn.Linear):
+        raise TypeError(
+            "from_module takes nn.MultiheadAttention or a module with a parameter in_proj_weight and a Linear "
+            f"out_proj, got {type(attn).__name__}"
+        )
+    layer = copy.copy(attn)
+    layer.__class__ = _masked_class(type(attn))
+    return _mask_attention(layer, init, threshold)
+
+
+@functools.cache
+def _masked_class(host: type) -> type:
+    body = {
+        "mask_prefixes": ("in_proj_",),
+        "in_proj_weight": property(lambda self: self._masked_weight("in_proj_")),
+        "__reduce__": lambda self: (_rebuild, (host, self.__getstate__())),
+    }
+    return type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
+
+
+def _rebuild(host: type, state: dict) -> nn.Module:
+    """Unpickles a module of a class that pickle cannot find by name."""
+    layer = _masked_class(host).__new__(_masked_class(host))
+    layer.__dict__.update(state)
+    return layer

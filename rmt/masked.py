@@ -1,0 +1,226 @@
+"""What masked layers are made of: scores, bits that follow them, the cached masked weight; and a model's masks.
+
+`bits` is a buffer that follows `scores` by itself: every forward compares version counters (no device is waited for)
+and repacks what has changed, and under `torch.compile` repacking is part of the graph. The masked weight that dense
+products read is cached beside it.
+"""
+
+import contextlib
+import copy
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import rmt_kernels
+
+INIT, THRESHOLD = 1e-2, 5e-3
+
+
+@functools.cache
+def _watch_fused_optimizers() -> None:
+    """torch's fused optimizers write parameters without counting a version; bits follow versions. Count them."""
+
+    def count(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+    register_optimizer_step_post_hook(count)
+
+
+class MaskedModule(nn.Module):
+    """Scores, bits and the cached masked weight for each `{prefix}weight` of a module."""
+
+    mask_prefixes: tuple[str, ...] = ("",)
+
+    def _add_masks(self, init: float, threshold: float) -> None:
+        for name, value in (("init", init), ("threshold", threshold)):
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        _watch_fused_optimizers()
+        self.requires_grad_(False)
+        self.init, self.threshold, self.masked = float(init), float(threshold), True
+        self._dense: dict[str, Tensor] = {}
+        self._packed: dict[str, tuple] = {}
+        for prefix in self.mask_prefixes:
+            weight = self._parameters[prefix + "weight"]
+            if weight.numel() == 0:
+                raise ValueError(f"{prefix}weight must not be empty, got shape {tuple(weight.shape)}")
+            shape = (weight.shape[0], weight[0].numel())
+            scores = torch.full(shape, self.init, dtype=torch.float32, device=weight.device)
+            self.register_parameter(prefix + "scores", nn.Parameter(scores))
+            self.register_buffer(prefix + "bits", rmt_kernels.pack_scores(scores, self.threshold))
+
+    def _weight(self, prefix: str) -> Tensor:
+        """(N, K) view of the frozen weight; a convolution's K is C * kh * kw."""
+        return self._parameters[prefix + "weight"].flatten(1)
+
+    def _versions(self, prefix: str) -> tuple | None:
+        """What changes when scores or weight do: version counters, and addresses for what is assigned to `.data`.
+
+        Writing into `.data` in place (`scores.data.mul_(2)`) leaves no trace; `mask.refresh(force=True)` is for that.
+        """
+        tensors = (self._parameters[prefix + "scores"], self._parameters[prefix + "weight"])
+        if any(t.is_inference() for t in tensors):
+            return None
+        return tuple((t, t._version, t.data_ptr()) for t in tensors)
+
+    def _is_fresh(self, prefix: str) -> bool:
+        old, now = self._packed.get(prefix), self._versions(prefix)
+        if old is None or now is None or prefix not in self._dense:
+            return False
+        return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))
+
+    def refresh(self, prefix: str = "", force: bool = False) -> None:
+        """Repack bits and rewrite the cached masked weight if scores or weight have changed since they were made."""
+        if not force and self._is_fresh(prefix):
+            return
+        # Never as inference tensors: the next training step must be able to save them.
+        with torch.inference_mode(False), torch.no_grad():
+            bits = rmt_kernels.pack_scores(self._parameters[prefix + "scores"], self.threshold)
+            self._buffers[prefix + "bits"].copy_(bits)
+            self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits)
+        self._packed[prefix] = self._versions(prefix)
+
+    def mark_fresh(self, prefix: str = "") -> None:
+        """What `rmt.optim.MaskAdam` calls once it has rewritten scores, bits and the masked weight together."""
+        self._packed[prefix] = self._versions(prefix)
+
+    def dense(self, prefix: str = "") -> Tensor:
+        """(N, K) weight with off elements 0, up to date. Shared, not a copy."""
+        self.refresh(prefix)
+        return self._dense[prefix]
+
+    def _bits_and_dense(self, prefix: str) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_compiling():
+            return rmt_kernels.pack_scores(self._parameters[prefix + "scores"].detach(), self.threshold), None
+        self.refresh(prefix)
+        return self._buffers[prefix + "bits"], self._dense[prefix]
+
+    def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
+        if not self.masked:
+            return rmt_kernels.reference.linear(x, self._weight(prefix), bias)
+        bits, dense = self._bits_and_dense(prefix)
+        scores = self._parameters[prefix + "scores"]
+        graph = torch.is_grad_enabled() and (scores.requires_grad or x.requires_grad)
+        if dense is not None and not graph and x.dtype == dense.dtype and not rmt_kernels.backends.forced():
+            # What masked_linear would do, without its 7 us of checks: a plain layer's product, checked by torch.
+            return rmt_kernels.reference.linear(x, dense, bias)
+        return rmt_kernels.masked_linear(x, self._weight(prefix), bits, bias, dense=dense, scores=scores)
+
+    def _masked_weight(self, prefix: str) -> Tensor:
+        """The weight as a differentiable function of the scores, in its own shape."""
+        weight = self._parameters[prefix + "weight"]
+        if not self.masked:
+            return weight
+        scores = self._parameters[prefix + "scores"]
+        if not (torch.is_grad_enabled() and scores.requires_grad) and not torch.compiler.is_compiling():
+            return self.dense(prefix).view_as(weight)
+        bits, _ = self._bits_and_dense(prefix)
+        return rmt_kernels.masked_weight(self._weight(prefix), bits, scores).view_as(weight)
+
+    def _apply(self, fn, recurse: bool = True):
+        # Scores stay fp32 through .half() and .bfloat16(): Adam steps of 8e-5 on 1e-2 vanish in 16 bits.
+        kept = {}
+        for prefix in self.mask_prefixes:
+            scores = self._parameters[prefix + "scores"]
+            kept[prefix] = scores.detach(), scores.grad
+            scores.grad = None
+        super()._apply(fn, recurse)
+        for prefix, (old, grad) in kept.items():
+            new = self._parameters[prefix + "scores"]
+            if new.dtype != torch.float32 and not old.is_meta:
+                new.data = old.to(new.device)
+            new.grad = None if grad is None else grad.to(new.device)
+        self._dense, self._packed = {}, {}
+        return self
+
+    def _save_to_state_dict(self, *args) -> None:
+        for prefix in self.mask_prefixes:
+            self.refresh(prefix)
+        super()._save_to_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_dense": {}, "_packed": {}}
+
+    def __deepcopy__(self, memo: dict) -> "MaskedModule":
+        clone = self.__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return clone
+
+
+@dataclass(frozen=True)
+class Mask:
+    """One masked weight of a model. `key` is the state-dict name of its weight."""
+
+    key: str
+    module: MaskedModule
+    prefix: str
+
+    @property
+    def weight(self) -> Tensor:
+        """(N, K), frozen."""
+        return self.module._weight(self.prefix).detach()
+
+    @property
+    def scores(self) -> nn.Parameter:
+        """(N, K) fp32."""
+        return self.module._parameters[self.prefix + "scores"]
+
+    @property
+    def bits(self) -> Tensor:
+        """(N, ceil(K / 32)) int32, up to date."""
+        self.module.refresh(self.prefix)
+        return self.module._buffers[self.prefix + "bits"]
+
+    @property
+    def dense(self) -> Tensor:
+        """(N, K) masked weight, up to date."""
+        return self.module.dense(self.prefix)
+
+    def refresh(self, force: bool = False) -> None:
+        """Make bits and masked weight follow the scores now. force: also where nothing seems to have changed."""
+        self.module.refresh(self.prefix, force)
+
+    def set_bits(self, bits: Tensor) -> None:
+        """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off. Raises ValueError."""
+        want = tuple(self.module._buffers[self.prefix + "bits"].shape)
+        if bits.dtype != torch.int32 or tuple(bits.shape) != want:
+            raise ValueError(f"bits must be int32 {want}, got {bits.dtype} {tuple(bits.shape)}")
+        on = rmt_kernels.reference.unpack_bits(bits.to(self.scores.device), self.scores.shape[1])
+        if not 0 <= self.module.threshold < self.module.init:
+            raise ValueError(f"need 0 <= threshold < init, got {self.module.threshold} and {self.module.init}")
+        with torch.no_grad():
+            self.scores.copy_(on * self.module.init)
+        self.refresh()
+
+
+def masks(model: nn.Module) -> list[Mask]:
+    """Every masked weight of a model, in module order; the position is its random stream in `rmt.backward`."""
+    return [
+        Mask(f"{name}.{prefix}weight" if name else f"{prefix}weight", module, prefix)
+        for name, module in model.named_modules()
+        if isinstance(module, MaskedModule)
+        for prefix in module.mask_prefixes
+    ]
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, every masked module of `model` runs with its plain weight: the frozen zero-shot model."""
+    modules = [m for m in model.modules() if isinstance(m, MaskedModule)]
+    before = [m.masked for m in modules]
+    try:
+        for module in modules:
+            module.masked = False
+        yield
+    finally:
+        for module, masked in zip(modules, before):
+            module.masked = masked
