@@ -6,13 +6,11 @@ describe outputs.
 """
 
 import functools
-import math
-import os
 
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, checks, reference
 
 _SCHEMAS = {
     "pack_bits": "(Tensor mask) -> Tensor",
@@ -32,10 +30,6 @@ _SCHEMAS = {
 }
 
 
-def _words(in_features: int) -> int:
-    return (in_features + 31) // 32
-
-
 def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
@@ -45,7 +39,7 @@ def _accurate_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def pack_bits_fake(mask):
-    return mask.new_empty((mask.shape[0], _words(mask.shape[1])), dtype=torch.int32)
+    return mask.new_empty((mask.shape[0], checks.words(mask.shape[1])), dtype=torch.int32)
 
 
 def pack_scores_fake(scores, threshold):
@@ -170,101 +164,8 @@ torch.library.register_vmap("rmt_kernels::masked_linear_dx", _masked_linear_dx_v
 torch.library.register_vmap("rmt_kernels::mask_grad", _mask_grad_vmap)
 
 
-def _describe(value) -> str:
-    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
-
-
-def _need_matrix(name: str, value, *, floating: bool = True) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != 2 or value.numel() == 0:
-        raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
-    if floating and not value.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {value.dtype}")
-
-
-def _need_like(name: str, value, shape: tuple, device: torch.device, dtypes: tuple = ()) -> None:
-    """dtypes empty: any floating dtype."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r}")
-    if value.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name} must be on {device}, got {value.device}")
-    if value.dtype not in dtypes if dtypes else not value.is_floating_point():
-        want = " or ".join(map(str, dtypes)) or "floating point"
-        raise TypeError(f"{name} must be {want}, got {value.dtype}")
-
-
-def _need_bits(weight: Tensor, bits, tasks: tuple = ()) -> None:
-    want = (*tasks, weight.shape[0], _words(weight.shape[1]))
-    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or tuple(bits.shape) != want:
-        raise ValueError(f"bits must be int32 {want} for weight {tuple(weight.shape)}, got {_describe(bits)}")
-    if bits.device != weight.device or not bits.is_contiguous():
-        raise ValueError(f"bits must be contiguous on {weight.device}, got {_describe(bits)}, strides {bits.stride()}")
-
-
-def _need_rows(name: str, value, columns: int, device: torch.device) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {_describe(value)}")
-    if value.dim() < 1 or value.shape[-1] != columns or value.device != device:
-        raise ValueError(f"{name} must be (..., {columns}) on {device}, got {_describe(value)}")
-
-
-def _need_linear(name, x, weight, bits, bias, dense, side: int) -> None:
-    _need_matrix("weight", weight)
-    _need_bits(weight, bits)
-    device = weight.device
-    _need_rows(name, x, weight.shape[side], device)
-    if bias is not None:
-        _need_like("bias", bias, weight.shape[:1], device)
-    if dense is not None:
-        _need_like("dense", dense, weight.shape, device)
-
-
-def _need_finite(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return float(value)
-
-
-def _need_strength(value: float) -> float:
-    if not 0 <= _need_finite("strength", value) <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {value!r}")
-    return float(value)
-
-
-def _need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
-    if penalty is not None and scores is None:
-        raise ValueError("penalty needs scores: the L2 term is penalty * scores")
-    if scores is not None:
-        _need_like("scores", scores, shape, device)
-    if penalty is not None:
-        _need_like("penalty", penalty, (), device)
-    if grad_general is not None:
-        if rng is None:
-            raise ValueError("gradient dropout needs rng, an int64 tensor [seed, step]: see rmt_kernels.rng_state")
-        _need_like("rng", rng, (2,), device, (torch.int64,))
-
-
-def _need_no_nan(op: str, name: str, scores: Tensor) -> None:
-    """Looks for NaN after `op`, but not where that would wait for the device, nor where the kernel has looked."""
-    if scores.device.type == "cpu":
-        look = backends.last(op, "cpu") != "cpu"
-    else:
-        look = os.environ.get("RMT_SYNC_ERRORS") == "1"
-    if look and scores.isnan().any():
-        raise ValueError(f"{name} must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
-
-
 def _records_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _sync_errors(device: torch.device) -> None:
-    """RMT_SYNC_ERRORS=1: an asynchronous CUDA error surfaces in the call that caused it."""
-    if device.type == "cuda" and os.environ.get("RMT_SYNC_ERRORS") == "1" and not torch.compiler.is_compiling():
-        torch.cuda.synchronize(device)
 
 
 def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
@@ -277,7 +178,7 @@ def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tenso
 
 def pack_bits(mask: Tensor) -> Tensor:
     """(N, K) bool -> (N, ceil(K / 32)) int32 words, LSB first along K, pad bits 0. Raises TypeError, ValueError."""
-    _need_matrix("mask", mask, floating=False)
+    checks.need_matrix("mask", mask, floating=False)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be torch.bool, got {mask.dtype}")
     return _ops.pack_bits(mask)
@@ -289,33 +190,33 @@ def pack_scores(scores: Tensor, threshold: float) -> Tensor:
     Raises: ValueError for a threshold that is not finite, and for NaN scores (on CUDA only with RMT_SYNC_ERRORS=1:
         the check waits for the device).
     """
-    _need_matrix("scores", scores)
-    threshold = _need_finite("threshold", threshold)
+    checks.need_matrix("scores", scores)
+    threshold = checks.need_finite("threshold", threshold)
     bits = _ops.pack_scores(scores, threshold)
     if not torch.compiler.is_compiling():
-        _need_no_nan("pack_scores", "scores", scores)
+        checks.need_no_nan("pack_scores", "scores", scores)
     return bits
 
 
 def unpack_bits(bits: Tensor, in_features: int) -> Tensor:
     """(N, ceil(K / 32)) int32 -> (N, K) bool. Raises TypeError, ValueError."""
-    _need_matrix("bits", bits, floating=False)
+    checks.need_matrix("bits", bits, floating=False)
     if bits.dtype != torch.int32:
         raise TypeError(f"bits must be torch.int32, got {bits.dtype}")
     if not isinstance(in_features, int | torch.SymInt):
         raise TypeError(f"in_features must be an integer, got {in_features!r}")
-    if bits.shape[1] != _words(in_features):
-        want = _words(in_features)
+    if bits.shape[1] != checks.words(in_features):
+        want = checks.words(in_features)
         raise ValueError(f"bits must have {want} words a row for {in_features} columns, got {bits.shape[1]}")
     return _ops.unpack_bits(bits, in_features)
 
 
 def masked_weight(weight: Tensor, bits: Tensor, scores: Tensor | None = None) -> Tensor:
     """(N, K) weight with off elements 0. `scores` (N, K) receive the straight-through gradient g * weight."""
-    _need_matrix("weight", weight)
-    _need_bits(weight, bits)
+    checks.need_matrix("weight", weight)
+    checks.need_bits(weight, bits)
     if scores is not None:
-        _need_like("scores", scores, weight.shape, weight.device)
+        checks.need_like("scores", scores, weight.shape, weight.device)
     return _ops.masked_weight(weight, bits, scores)
 
 
@@ -336,26 +237,22 @@ def masked_linear(
 
     Raises: ValueError, TypeError on a wrong shape, dtype or device.
     """
-    _need_linear("x", x, weight, bits, bias, dense, 1)
+    checks.need_linear("x", x, weight, bits, bias, dense, 1)
     if scores is not None:
-        _need_like("scores", scores, weight.shape, weight.device)
+        checks.need_like("scores", scores, weight.shape, weight.device)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
     if dense is not None and not backends.forced() and not _records_graph(x, weight, bias, scores):
         # The op's way through the dispatcher takes 15 us, a tenth of a product of one row.
         return reference.masked_linear(x, weight, bits, bias, dense)
-    y = _ops.masked_linear(x, weight, bits, bias, dense, scores)
-    _sync_errors(x.device)
-    return y
+    return _ops.masked_linear(x, weight, bits, bias, dense, scores)
 
 
 def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, *, dense: Tensor | None = None) -> Tensor:
     """dx = g @ (weight * bits), (..., N) -> (..., K). Raises ValueError, TypeError."""
-    _need_linear("g", g, weight, bits, None, dense, 0)
-    dx = _ops.masked_linear_dx(g, weight, bits, dense)
-    _sync_errors(g.device)
-    return dx
+    checks.need_linear("g", g, weight, bits, None, dense, 0)
+    return _ops.masked_linear_dx(g, weight, bits, dense)
 
 
 def grouped_masked_linear(
@@ -373,25 +270,23 @@ def grouped_masked_linear(
 
     Raises: ValueError, TypeError; ValueError where a gradient would be needed, since serving has no backward.
     """
-    _need_matrix("weight", weight)
+    checks.need_matrix("weight", weight)
     if not isinstance(bits, Tensor) or bits.dim() != 3 or not len(bits):
-        raise ValueError(f"bits must be (T, N, ceil(K / 32)) with at least one task, got {_describe(bits)}")
-    _need_bits(weight, bits, (len(bits),))
-    _need_like("offsets", offsets, (len(bits) + 1,), weight.device, (torch.int64,))
-    _need_rows("x", x, weight.shape[1], weight.device)
+        raise ValueError(f"bits must be (T, N, ceil(K / 32)) with at least one task, got {checks.describe(bits)}")
+    checks.need_bits(weight, bits, (len(bits),))
+    checks.need_like("offsets", offsets, (len(bits) + 1,), weight.device, (torch.int64,))
+    checks.need_rows("x", x, weight.shape[1], weight.device)
     if x.dim() != 2:
-        raise ValueError(f"x must be (M, {weight.shape[1]}), got {_describe(x)}")
+        raise ValueError(f"x must be (M, {weight.shape[1]}), got {checks.describe(x)}")
     if bias is not None:
-        _need_like("bias", bias, (weight.shape[0],), weight.device)
+        checks.need_like("bias", bias, (weight.shape[0],), weight.device)
     if _records_graph(x, weight, bias):
         raise ValueError("grouped_masked_linear has no backward: call it under torch.no_grad()")
     if x.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1":
         ends = offsets.tolist() if not torch.compiler.is_compiling() else [0, x.shape[0]]
         if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
             raise ValueError(f"offsets must ascend from 0 to {x.shape[0]}, got {ends}")
-    y = _ops.grouped_masked_linear(x, weight, bits, bias, offsets)
-    _sync_errors(x.device)
-    return y
+    return _ops.grouped_masked_linear(x, weight, bits, bias, offsets)
 
 
 def mask_grad(
@@ -410,18 +305,16 @@ def mask_grad(
 
     Raises: ValueError, TypeError.
     """
-    _need_matrix("weight", weight)
-    strength = _need_strength(strength)
+    checks.need_matrix("weight", weight)
+    strength = checks.need_strength(strength)
     n, k = weight.shape
-    _need_rows("x", x, k, weight.device)
-    _need_like("g_task", g_task, (*x.shape[:-1], n), weight.device)
+    checks.need_rows("x", x, k, weight.device)
+    checks.need_like("g_task", g_task, (*x.shape[:-1], n), weight.device)
     if g_general is not None:
-        _need_like("g_general", g_general, g_task.shape, weight.device)
-    _need_dropout(weight.shape, weight.device, g_general, scores, penalty, rng)
+        checks.need_like("g_general", g_general, g_task.shape, weight.device)
+    checks.need_dropout(weight.shape, weight.device, g_general, scores, penalty, rng)
     rows = [None if t is None else _rows(t) for t in (x, g_task, g_general)]
-    grad = _ops.mask_grad(*rows, weight, scores, penalty, rng, strength, stream)
-    _sync_errors(weight.device)
-    return grad
+    return _ops.mask_grad(*rows, weight, scores, penalty, rng, strength, stream)
 
 
 def gradient_dropout(
@@ -429,15 +322,13 @@ def gradient_dropout(
     penalty: Tensor | None = None, rng: Tensor | None = None, strength: float = 1.0, stream: int = 0,
 ) -> Tensor:  # fmt: skip
     """`mask_grad` from two ready weight gradients (N, K), or, where weight is None, from two score gradients."""
-    _need_matrix("grad_task", grad_task)
-    strength = _need_strength(strength)
+    checks.need_matrix("grad_task", grad_task)
+    strength = checks.need_strength(strength)
     for name, value in (("grad_general", grad_general), ("weight", weight)):
         if value is not None:
-            _need_like(name, value, grad_task.shape, grad_task.device)
-    _need_dropout(grad_task.shape, grad_task.device, grad_general, scores, penalty, rng)
-    grad = _ops.gradient_dropout(grad_task, grad_general, weight, scores, penalty, rng, strength, stream)
-    _sync_errors(grad_task.device)
-    return grad
+            checks.need_like(name, value, grad_task.shape, grad_task.device)
+    checks.need_dropout(grad_task.shape, grad_task.device, grad_general, scores, penalty, rng)
+    return _ops.gradient_dropout(grad_task, grad_general, weight, scores, penalty, rng, strength, stream)
 
 
 def mask_update_(
@@ -465,27 +356,26 @@ def mask_update_(
     if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
         raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r} and {beta2!r}")
     for i, s in enumerate(scores):
-        _need_matrix(f"scores[{i}]", s)
-        _need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
-        _need_bits(s, bits[i])
+        checks.need_matrix(f"scores[{i}]", s)
+        checks.need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
+        checks.need_bits(s, bits[i])
         for name, values in lists.items():
             if name == "weights":
-                _need_like(f"weights[{i}]", values[i], s.shape, s.device)
+                checks.need_like(f"weights[{i}]", values[i], s.shape, s.device)
             elif name != "bits":
                 dtype = weights[i].dtype if name == "dense" else torch.float32
-                _need_like(f"{name}[{i}]", values[i], s.shape, s.device, (dtype,))
+                checks.need_like(f"{name}[{i}]", values[i], s.shape, s.device, (dtype,))
             if not values[i].is_contiguous() or not s.is_contiguous():
                 raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
     if scores:
-        _need_like("factors", factors, (2,), scores[0].device, (torch.float32,))
+        checks.need_like("factors", factors, (2,), scores[0].device, (torch.float32,))
         _ops.mask_update_(
             list(scores), list(bits), list(exp_avgs), list(exp_avg_sqs), list(dense), list(grads), list(weights),
-            factors, beta1, beta2, _need_finite("eps", eps), _need_finite("threshold", threshold),
+            factors, beta1, beta2, checks.need_finite("eps", eps), checks.need_finite("threshold", threshold),
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return
         # A list that an op writes leaves its tensors' version counters alone; autograd and the layers go by them.
         torch.autograd.graph.increment_version([*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense])
-        _sync_errors(scores[0].device)
         for i, s in enumerate(scores):
-            _need_no_nan("mask_update_", f"scores[{i}]", s)
+            checks.need_no_nan("mask_update_", f"scores[{i}]", s)

@@ -11,6 +11,7 @@ FLOORS = {
     "rmt_kernels.backends.triton": 2,
     "rmt_kernels.backends": 2,
     "rmt_kernels.reference": 1,
+    "rmt_kernels.checks": 2,
     "rmt_kernels.ops": 3,
     "rmt_kernels": 3,
     "rmt.masked": 4,

@@ -24,13 +24,11 @@ def blocks() -> list:
     ]
 
 
-@pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
 def test_the_readme_has_python_blocks():
     assert blocks(), "the README must show how the package is used"
     assert len(blocks()) == README.read_text().count("```python"), "a block is not closed, or is indented"
 
 
-@pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
 @pytest.mark.parametrize(("code", "why"), blocks())
 def test_a_readme_block_runs_on_its_own(code, why, tmp_path):
     if why is not None:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 ORDER = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -93,12 +94,18 @@ def choose(op: str, device: str, args: tuple) -> str:
 
 
 def run(op: str, *args):
-    """Runs `op` on the chosen backend: the kernel behind every `torch.ops.rmt_kernels` op."""
+    """Runs `op` on the chosen backend: the kernel behind every `torch.ops.rmt_kernels` op.
+
+    RMT_SYNC_ERRORS=1: waits for the device, so that a CUDA error surfaces in the call that caused it.
+    """
     first = args[0] if isinstance(args[0], Tensor) else args[0][0]
     device = first.device.type
     name = choose(op, device, args)
     _last[op, device] = name
-    return getattr(load(name), op)(*args)
+    result = getattr(load(name), op)(*args)
+    if device == "cuda" and os.environ.get("RMT_SYNC_ERRORS") == "1":
+        torch.cuda.synchronize(first.device)
+    return result
 
 
 @contextlib.contextmanager

@@ -1,0 +1,101 @@
+"""Checks of the public functions: what was expected, and what came. ValueError and TypeError only."""
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+
+def words(in_features: int) -> int:
+    """int32 words of bits for a row."""
+    return (in_features + 31) // 32
+
+
+def describe(value) -> str:
+    return f"{value.dtype} {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else repr(value)
+
+
+def need_matrix(name: str, value, *, floating: bool = True) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != 2 or value.numel() == 0:
+        raise ValueError(f"{name} must be a non-empty matrix, got shape {tuple(value.shape)}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {value.dtype}")
+
+
+def need_like(name: str, value, shape: tuple, device: torch.device, dtypes: tuple = ()) -> None:
+    """dtypes empty: any floating dtype."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    if value.dtype not in dtypes if dtypes else not value.is_floating_point():
+        want = " or ".join(map(str, dtypes)) or "floating point"
+        raise TypeError(f"{name} must be {want}, got {value.dtype}")
+
+
+def need_bits(weight: Tensor, bits, tasks: tuple = ()) -> None:
+    want = (*tasks, weight.shape[0], words(weight.shape[1]))
+    if not isinstance(bits, Tensor) or bits.dtype != torch.int32 or tuple(bits.shape) != want:
+        raise ValueError(f"bits must be int32 {want} for weight {tuple(weight.shape)}, got {describe(bits)}")
+    if bits.device != weight.device or not bits.is_contiguous():
+        raise ValueError(f"bits must be contiguous on {weight.device}, got {describe(bits)}, strides {bits.stride()}")
+
+
+def need_rows(name: str, value, columns: int, device: torch.device) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {describe(value)}")
+    if value.dim() < 1 or value.shape[-1] != columns or value.device != device:
+        raise ValueError(f"{name} must be (..., {columns}) on {device}, got {describe(value)}")
+
+
+def need_linear(name, x, weight, bits, bias, dense, side: int) -> None:
+    need_matrix("weight", weight)
+    need_bits(weight, bits)
+    device = weight.device
+    need_rows(name, x, weight.shape[side], device)
+    if bias is not None:
+        need_like("bias", bias, weight.shape[:1], device)
+    if dense is not None:
+        need_like("dense", dense, weight.shape, device)
+
+
+def need_finite(name: str, value: float) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def need_strength(value: float) -> float:
+    if not 0 <= need_finite("strength", value) <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {value!r}")
+    return float(value)
+
+
+def need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
+    if penalty is not None and scores is None:
+        raise ValueError("penalty needs scores: the L2 term is penalty * scores")
+    if scores is not None:
+        need_like("scores", scores, shape, device)
+    if penalty is not None:
+        need_like("penalty", penalty, (), device)
+    if grad_general is not None:
+        if rng is None:
+            raise ValueError("gradient dropout needs rng, an int64 tensor [seed, step]: see rmt_kernels.rng_state")
+        need_like("rng", rng, (2,), device, (torch.int64,))
+
+
+def need_no_nan(op: str, name: str, scores: Tensor) -> None:
+    """Looks for NaN after `op`, but not where that would wait for the device, nor where the kernel has looked."""
+    if scores.device.type == "cpu":
+        look = backends.last(op, "cpu") != "cpu"
+    else:
+        look = os.environ.get("RMT_SYNC_ERRORS") == "1"
+    if look and scores.isnan().any():
+        raise ValueError(f"{name} must not be NaN, got {int(scores.isnan().sum())} NaN of {scores.numel()}")
