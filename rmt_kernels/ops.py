@@ -6,6 +6,7 @@ describe outputs.
 """
 
 import functools
+import os
 
 import torch
 from torch import Tensor
