@@ -85,7 +85,7 @@ class MaskedModule(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             bits = rmt_kernels.pack_scores(self._parameters[prefix + "scores"], self.threshold)
             self._buffers[prefix + "bits"].copy_(bits)
-            self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits)
+            self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits).contiguous()
         self._packed[prefix] = self._versions(prefix)
 
     def mark_fresh(self, prefix: str = "") -> None:
