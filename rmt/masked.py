@@ -110,7 +110,7 @@ class MaskedModule(nn.Module):
         scores = self._parameters[prefix + "scores"]
         graph = torch.is_grad_enabled() and (scores.requires_grad or x.requires_grad)
         if dense is not None and not graph and x.dtype == dense.dtype and not rmt_kernels.backends.forced():
-            # What masked_linear would do, without its 7 us of checks: a plain layer's product, checked by torch.
+            # What masked_linear would do, without its checks: beside a product of one row they count, and torch has its own.
             return rmt_kernels.reference.linear(x, dense, bias)
         return rmt_kernels.masked_linear(x, self._weight(prefix), bits, bias, dense=dense, scores=scores)
 

@@ -63,8 +63,8 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` as it runs while the weight requires a gradient, whether it does or not.
 
-    For a batch of transposed rows `F.linear` rounds differently, and takes up to 3.5x as long, once the weight is
-    frozen: it then skips the fold into one product. Folding keeps a masked model equal to the unmodified one.
+    For a batch of transposed rows `F.linear` rounds differently once the weight is frozen: it then skips the fold into
+    one product. Folding keeps a masked model equal to the unmodified one.
     """
     if x.dim() < 3 or x.is_contiguous():
         return F.linear(x, weight, bias)

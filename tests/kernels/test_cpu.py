@@ -33,11 +33,9 @@ def test_bits_are_exact(shape):
     assert torch.equal(rk.unpack_bits(t["bits"], shape[2]), mask)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_weight_is_exact_and_off_is_plus_zero(dtype):
     t = layer((1, 40, 197), dtype)
-    if dtype == torch.float64:
-        pytest.skip("float64 runs the reference; an explicit request for the cpu backend raises")
     t["weight"][0, 0], t["weight"][0, 1], t["weight"][0, 2] = float("nan"), float("inf"), -1.0
     mask = torch.rand(40, 197) > 0.5
     mask[0, :3] = False
@@ -55,23 +53,26 @@ def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, kept):
     plain = reference.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None)
     truth = t["x"].double() @ dense.double().T + t["bias"].double()
     got = rk.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], dense=dense if kept else None)
-    assert_no_worse(got, plain, truth, scale=t["x"].double().abs() @ dense.double().abs().T)
+    assert_no_worse(got, plain, truth)
     dx = rk.masked_linear_dx(t["g_task"], t["weight"], t["bits"], dense=dense if kept else None)
-    dx_truth, dx_scale = t["g_task"].double() @ dense.double(), t["g_task"].double().abs() @ dense.double().abs()
-    assert_no_worse(dx, t["g_task"] @ dense, dx_truth, scale=dx_scale)
+    assert_no_worse(dx, t["g_task"] @ dense, t["g_task"].double() @ dense.double())
 
 
 def test_small_products_take_any_strides_and_leading_dimensions():
     t = layer((4, 33, 45))
-    truth = t["x"].double() @ reference.masked_weight(t["weight"], t["bits"]).double().T
-    plain = truth.float()
     wide = torch.randn(4, 90)[:, ::2].copy_(t["x"])
     strided = torch.randn(8, 60)[::2, 5:50].copy_(t["x"])
+    want = rk.masked_linear(t["x"], t["weight"], t["bits"])
     for x in (wide, strided, t["x"].T.contiguous().T, t["x"].view(2, 2, 45), t["x"][0]):
-        got = rk.masked_linear(x, t["weight"], t["bits"])
-        want = truth[0] if x.dim() == 1 else truth.view(*x.shape[:-1], 33)
-        assert_no_worse(got, want.float(), want, factor=4)
-    assert plain.shape == (4, 33)
+        # The same sums in the same order, whatever the layout.
+        expected = want[0] if x.dim() == 1 else want.view(*x.shape[:-1], 33)
+        assert torch.equal(rk.masked_linear(x, t["weight"], t["bits"]), expected)
+
+
+def test_float64_is_left_to_the_reference_and_not_forced_upon_these_kernels():
+    t = layer((4, 33, 45), torch.float64)
+    with pytest.raises(rk.BackendUnavailable, match="float64"):
+        rk.masked_linear(t["x"], t["weight"], t["bits"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
