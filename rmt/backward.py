@@ -111,6 +111,8 @@ def _set_grads(found, uses, opaque, grads, strength, seed, step, l2) -> None:
     for i, (a, b) in zip(opaque, _padded(cotangents[taken:])):
         mask = found[i]
         a = torch.zeros_like(mask.scores) if a is None else a
+        # A general loss that does not reach these scores is a gradient of 0, not the absence of dropout.
+        b = torch.zeros_like(mask.scores) if b is None and len(grads) == 2 else b
         mask.scores.grad = rmt_kernels.gradient_dropout(
             a, b, None, mask.scores, penalty=_penalty(mask, l2), rng=rng, strength=strength, stream=i
         )

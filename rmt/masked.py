@@ -108,9 +108,11 @@ class MaskedModule(nn.Module):
             return rmt_kernels.reference.linear(x, self._weight(prefix), bias)
         bits, dense = self._bits_and_dense(prefix)
         scores = self._parameters[prefix + "scores"]
-        graph = torch.is_grad_enabled() and (scores.requires_grad or x.requires_grad)
+        weight = self._parameters[prefix + "weight"]
+        wanted = scores.requires_grad or x.requires_grad or weight.requires_grad
+        graph = torch.is_grad_enabled() and wanted
         if dense is not None and not graph and x.dtype == dense.dtype and not rmt_kernels.backends.forced():
-            # What masked_linear would do, without its checks: beside a product of one row they count, and torch has its own.
+            # What masked_linear would do, without its checks: they count beside one row, and torch has its own.
             return rmt_kernels.reference.linear(x, dense, bias)
         return rmt_kernels.masked_linear(x, self._weight(prefix), bits, bias, dense=dense, scores=scores)
 
@@ -120,7 +122,8 @@ class MaskedModule(nn.Module):
         if not self.masked:
             return weight
         scores = self._parameters[prefix + "scores"]
-        if not (torch.is_grad_enabled() and scores.requires_grad) and not torch.compiler.is_compiling():
+        graph = torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)
+        if not graph and not torch.compiler.is_compiling():
             return self.dense(prefix).view_as(weight)
         bits, _ = self._bits_and_dense(prefix)
         return rmt_kernels.masked_weight(self._weight(prefix), bits, scores).view_as(weight)

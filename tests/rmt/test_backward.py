@@ -407,3 +407,17 @@ def test_scores_changed_between_forward_and_backward_are_an_error_not_a_wrong_gr
     model(model.example)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         rmt.backward(task, general, model)
+
+
+def test_a_general_loss_that_does_not_reach_scores_left_to_autograd_is_a_gradient_of_zero():
+    layer = rmt.FusedMaskedLinear(4, 3)  # more rows than columns: left to autograd
+    with torch.no_grad():
+        layer.scores.copy_(torch.randn(3, 4) * 1e-2 + 5e-3)
+    x, free = torch.randn(9, 4), torch.randn(3, requires_grad=True)
+    y = layer(x)
+    # Gradients near GDR_EPS: with b = 0 they are kept with probability (1 + |a| / (|a| + eps)) / 2, well below 1.
+    rmt.backward(1e-9 * y.sum(), free.sum(), layer, strength=1.0, seed=3, step=1, l2=0.0)
+    a = 1e-9 * x.sum(0).expand(3, 4) * layer.weight
+    kept = rk.keep_probability(a, torch.zeros_like(a)) > rk.philox_uniform(rk.rng_state(3, 1), 0, a.shape)
+    assert not kept.all()
+    torch.testing.assert_close(layer.scores.grad, torch.where(kept, a, 0), rtol=1e-4, atol=1e-15)

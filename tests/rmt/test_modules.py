@@ -827,3 +827,16 @@ def test_built_anew_a_module_has_masks_that_are_all_on(layer, x):
     assert {n for n, p in module.named_parameters() if p.requires_grad} == {
         n for n, _ in module.named_parameters() if n.endswith("scores")
     }
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_an_unfrozen_weight_receives_its_masked_gradient(kind):
+    layer = rmt.FusedMaskedLinear(6, 4) if kind == "linear" else rmt.FusedMaskedConv2d(6, 4, 1)
+    layer.requires_grad_(False)
+    layer.weight.requires_grad_(True)
+    with torch.no_grad():
+        layer.scores[0] = 0
+    x = torch.randn(5, 6)
+    layer(x if kind == "linear" else x[:, :, None, None]).sum().backward()
+    wanted = x.sum(0).expand(4, 6) * torch.tensor([0.0, 1, 1, 1])[:, None]
+    torch.testing.assert_close(layer.weight.grad.flatten(1), wanted)
