@@ -2,7 +2,8 @@
 
 `bits` is a buffer that follows `scores` by itself: every forward compares version counters (no device is waited for)
 and repacks what has changed, and under `torch.compile` repacking is part of the graph. The masked weight that dense
-products read is cached beside it.
+products read is cached beside it. A module of which only some weights are selected stores scores of those alone: see
+`rmt.compact`.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rmt_kernels
 
+from .compact import ScoreStorage
+
 INIT, THRESHOLD = 1e-2, 5e-3
 
 
@@ -34,7 +37,7 @@ def _watch_fused_optimizers() -> None:
     register_optimizer_step_post_hook(count)
 
 
-class MaskedModule(nn.Module):
+class MaskedModule(ScoreStorage):
     """Scores, bits and the cached masked weight for each `{prefix}weight` of a module."""
 
     mask_prefixes: tuple[str, ...] = ("",)
@@ -57,16 +60,14 @@ class MaskedModule(nn.Module):
             self.register_parameter(prefix + "scores", nn.Parameter(scores))
             self.register_buffer(prefix + "bits", rmt_kernels.pack_scores(scores, self.threshold))
 
-    def _weight(self, prefix: str) -> Tensor:
-        """(N, K) view of the frozen weight; a convolution's K is C * kh * kw."""
-        return self._parameters[prefix + "weight"].flatten(1)
-
     def _versions(self, prefix: str) -> tuple | None:
         """What changes when scores or weight do: version counters, and addresses for what is assigned to `.data`.
 
         Writing into `.data` in place (`scores.data.mul_(2)`) leaves no trace; `mask.refresh(force=True)` is for that.
         """
-        tensors = (self._parameters[prefix + "scores"], self._parameters[prefix + "weight"])
+        tensors = [self._parameters[prefix + "scores"], self._parameters[prefix + "weight"]]
+        if self._selected(prefix) is not None:
+            tensors.append(self._selected(prefix))
         if any(t.is_inference() for t in tensors):
             return None
         return tuple((t, t._version, t.data_ptr()) for t in tensors)
@@ -83,7 +84,7 @@ class MaskedModule(nn.Module):
             return
         # Never as inference tensors: the next training step must be able to save them.
         with torch.inference_mode(False), torch.no_grad():
-            bits = rmt_kernels.pack_scores(self._parameters[prefix + "scores"], self.threshold)
+            bits = self._packed_bits(prefix)
             self._buffers[prefix + "bits"].copy_(bits)
             self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits).contiguous()
         self._packed[prefix] = self._versions(prefix)
@@ -99,7 +100,7 @@ class MaskedModule(nn.Module):
 
     def _bits_and_dense(self, prefix: str) -> tuple[Tensor, Tensor | None]:
         if torch.compiler.is_compiling():
-            return rmt_kernels.pack_scores(self._parameters[prefix + "scores"].detach(), self.threshold), None
+            return self._packed_bits(prefix), None
         self.refresh(prefix)
         return self._buffers[prefix + "bits"], self._dense[prefix]
 
@@ -114,7 +115,9 @@ class MaskedModule(nn.Module):
         if dense is not None and not graph and x.dtype == dense.dtype and not rmt_kernels.backends.forced():
             # What masked_linear would do, without its checks: they count beside one row, and torch has its own.
             return rmt_kernels.reference.linear(x, dense, bias)
-        return rmt_kernels.masked_linear(x, self._weight(prefix), bits, bias, dense=dense, scores=scores)
+        return rmt_kernels.masked_linear(
+            x, self._weight(prefix), bits, bias, dense=dense, scores=self._routed_scores(prefix)
+        )
 
     def _masked_weight(self, prefix: str) -> Tensor:
         """The weight as a differentiable function of the scores, in its own shape."""
@@ -126,7 +129,7 @@ class MaskedModule(nn.Module):
         if not graph and not torch.compiler.is_compiling():
             return self.dense(prefix).view_as(weight)
         bits, _ = self._bits_and_dense(prefix)
-        return rmt_kernels.masked_weight(self._weight(prefix), bits, scores).view_as(weight)
+        return rmt_kernels.masked_weight(self._weight(prefix), bits, self._routed_scores(prefix)).view_as(weight)
 
     def _apply(self, fn, recurse: bool = True):
         # Scores stay fp32 through .half() and .bfloat16(): Adam steps of 8e-5 on 1e-2 vanish in 16 bits.
@@ -174,8 +177,13 @@ class Mask:
 
     @property
     def scores(self) -> nn.Parameter:
-        """(N, K) fp32."""
+        """(N, K) fp32, or (S,) where S weights are selected."""
         return self.module._parameters[self.prefix + "scores"]
+
+    @property
+    def selected(self) -> Tensor | None:
+        """(N, ceil(K / 32)) int32 bitmap of the weights that have a score; None: all have."""
+        return self.module._selected(self.prefix)
 
     @property
     def bits(self) -> Tensor:
@@ -193,11 +201,20 @@ class Mask:
         self.module.refresh(self.prefix, force)
 
     def set_bits(self, bits: Tensor) -> None:
-        """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off. Raises ValueError."""
+        """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off.
+
+        Raises: ValueError for bits of another layer, or where a weight that is not selected would be off.
+        """
         want = tuple(self.module._buffers[self.prefix + "bits"].shape)
         if bits.dtype != torch.int32 or tuple(bits.shape) != want:
             raise ValueError(f"bits must be int32 {want}, got {bits.dtype} {tuple(bits.shape)}")
-        on = rmt_kernels.reference.unpack_bits(bits.to(self.scores.device), self.scores.shape[1])
+        on = rmt_kernels.unpack_bits(bits.to(self.scores.device), self.weight.shape[1])
+        if self.selected is not None:
+            chosen = rmt_kernels.unpack_bits(self.selected, self.weight.shape[1])
+            stuck = int((~on & ~chosen).sum())
+            if stuck:
+                raise ValueError(f"{self.key}: weights that are not selected must be on, got {stuck} that are off")
+            on = on[chosen]
         if not 0 <= self.module.threshold < self.module.init:
             raise ValueError(f"need 0 <= threshold < init, got {self.module.threshold} and {self.module.init}")
         with torch.no_grad():
@@ -206,12 +223,16 @@ class Mask:
 
 
 def masks(model: nn.Module) -> list[Mask]:
-    """Every masked weight of a model, in module order; the position is its random stream in `rmt.backward`."""
+    """Every masked weight of a model, in module order; the position is its random stream in `rmt.backward`.
+
+    A weight of which nothing is selected has no scores, and is none of them. A wrapper names its model `mask_root`.
+    """
     return [
         Mask(f"{name}.{prefix}weight" if name else f"{prefix}weight", module, prefix)
-        for name, module in model.named_modules()
+        for name, module in getattr(model, "mask_root", model).named_modules()
         if isinstance(module, MaskedModule)
         for prefix in module.mask_prefixes
+        if module._parameters[prefix + "scores"].numel()
     ]
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rmt_kernels
 
@@ -60,14 +60,33 @@ class MaskAdam(torch.optim.Optimizer):
             if not self.state[mask.scores]:
                 averages = (torch.zeros_like(mask.scores) for _ in range(2))
                 self.state[mask.scores] = dict(zip(("exp_avg", "exp_avg_sq"), averages))
-        states = [self.state[m.scores] for m in live]
-        rmt_kernels.mask_update_(
-            [m.scores for m in live], [m.bits for m in live], [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states], [m.scores.grad for m in live],
-            rmt_kernels.adam_factors(torch.tensor(step, device=live[0].scores.device), group["lr"], *group["betas"]),
+        step = torch.tensor(step, device=live[0].scores.device)
+        factors = rmt_kernels.adam_factors(step, group["lr"], *group["betas"])
+        self._update_full([m for m in live if m.selected is None], factors)
+        self._update_compact([m for m in live if m.selected is not None], factors)
+        return loss
+
+    def _update_full(self, live: list[Mask], factors: Tensor) -> None:
+        self._update(
+            live, [m.scores for m in live], [m.bits for m in live], factors,
             dense=[m.dense for m in live], weights=[m.weight.contiguous() for m in live],
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
         )  # fmt: skip
         for mask in live:
             mask.module.mark_fresh(mask.prefix)
-        return loss
+
+    def _update_compact(self, live: list[Mask], factors: Tensor) -> None:
+        rows = [m.scores.view(1, -1) for m in live]
+        words = [torch.empty(1, -(-r.shape[1] // 32), dtype=torch.int32, device=r.device) for r in rows]
+        self._update(live, rows, words, factors)
+        for mask in live:
+            mask.refresh()
+
+    def _update(
+        self, live: list[Mask], scores: list[Tensor], bits: list[Tensor], factors: Tensor, **dense: list[Tensor]
+    ) -> None:
+        group, states = self.param_groups[0], [self.state[m.scores] for m in live]
+        averages = [[s[name].view_as(v) for s, v in zip(states, scores)] for name in ("exp_avg", "exp_avg_sq")]
+        rmt_kernels.mask_update_(
+            scores, bits, *averages, [m.scores.grad.view_as(v) for m, v in zip(live, scores)], factors, **dense,
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
+        )  # fmt: skip
