@@ -17,6 +17,7 @@ Loss = Tensor | tuple[Tensor, Tensor]
 def backward(
     task: Loss, general: Loss | None, model: nn.Module | Iterable[Mask], *, strength: float = 1.0,
     seed: int | Tensor = 0, step: int | Tensor = 0, l2: float = 1e-4, retain_graph: bool = False,
+    pending: list | None = None, more: bool = False,
 ) -> None:  # fmt: skip
     """Sets `scores.grad` of every masked weight from two losses, with gradient dropout.
 
@@ -35,6 +36,10 @@ def backward(
         seed, step: every draw depends on them, the mask's position and the element; 0-d int64 tensors stay on device.
         l2: coefficient of the per-tensor L2 norm (not squared) that joins the task gradient before the dropout.
         retain_graph: keep the graph for another call.
+        pending, more: for a batch that comes in parts. `pending` is one list for all of them, empty at first; with
+            `more` the part's two gradients are added to it, apart from each other, and `.grad` is left alone; the last
+            part, without `more`, adds its own, drops out, sets `.grad` and empties the list. Losses must be weighted
+            by the parts' shares of the batch. Keeps both gradients of every mask: two times its scores.
 
     Raises: ValueError where nothing masked is reached from `task`, or for a strength outside [0, 1].
     """
@@ -43,6 +48,8 @@ def backward(
         raise ValueError(f"strength must be in [0, 1], got {strength!r}")
     losses = [_pair(loss) for loss in (task, general) if loss is not None]
     uses, opaque = _plan([output for output, _ in losses], found)
+    if pending is not None:
+        uses, opaque = {}, sorted({*uses, *opaque})
     if not uses and not opaque:
         raise ValueError(f"the task loss does not depend on any of the {len(found)} masked weights given")
     edges = [GradientEdge(node, 0) for nodes in uses.values() for node in nodes]
@@ -52,7 +59,21 @@ def backward(
         keep = retain_graph or n + 1 < len(losses)
         grads.append(torch.autograd.grad(output, inputs, cotangent, keep or bool(edges), allow_unused=True))
     with torch.no_grad():
-        _set_grads(found, uses, opaque, grads, strength, seed, step, l2)
+        if pending is not None:
+            grads = _added(pending, opaque, grads)
+            pending[:] = [(opaque, grads)] if more else []
+        if not more:
+            _set_grads(found, uses, opaque, grads, strength, seed, step, l2)
+
+
+def _added(pending: list, opaque: list[int], grads: list[tuple]) -> list[tuple]:
+    """This part's gradients and those of the parts before it, task and general apart."""
+    if not pending:
+        return grads
+    before, sums = pending[0]
+    if before != opaque or len(sums) != len(grads):
+        raise ValueError("all parts of a batch must reach the same masks, by the same losses")
+    return [tuple(a if b is None else b if a is None else a + b for a, b in zip(*pair)) for pair in zip(sums, grads)]
 
 
 def _pair(loss: Loss) -> tuple[Tensor, Tensor | None]:
@@ -113,9 +134,12 @@ def _set_grads(found, uses, opaque, grads, strength, seed, step, l2) -> None:
         a = torch.zeros_like(mask.scores) if a is None else a
         # A general loss that does not reach these scores is a gradient of 0, not the absence of dropout.
         b = torch.zeros_like(mask.scores) if b is None and len(grads) == 2 else b
-        mask.scores.grad = rmt_kernels.gradient_dropout(
-            a, b, None, mask.scores, penalty=_penalty(mask, l2), rng=rng, strength=strength, stream=i
+        # Compact scores (S,) go as one row: their draws are keyed by the place among the selected.
+        a, b, scores = (t if t is None or t.dim() == 2 else t.view(1, -1) for t in (a, b, mask.scores))
+        grad = rmt_kernels.gradient_dropout(
+            a, b, None, scores, penalty=_penalty(mask, l2), rng=rng, strength=strength, stream=i
         )
+        mask.scores.grad = grad.view_as(mask.scores)
 
 
 def _penalty(mask: Mask, l2: float) -> Tensor | None:

@@ -1,0 +1,94 @@
+"""The resume file of a run: all that a killed run needs to end with the same bits as an unbroken one.
+
+It holds scores, Adam's moments, the step (with it epoch and place in the epoch: batches, augmentation and draws are
+functions of seed and step alone, so that there is no other random state), the bits of the last logged row, and a
+fingerprint of the run. The task file holds none of this.
+"""
+
+import io
+import pickle
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_whole
+from .config import UserError
+from .optim import MaskAdam
+
+VERSION = 1
+
+
+class Resume:
+    """Reads and writes one resume file.
+
+    Args:
+        path: of the file.
+        fingerprint: texts that say which run this is; a file with others is refused.
+        every: seconds between two writings; 0 writes after every step.
+
+    Raises: UserError where the file is damaged or another run's.
+    """
+
+    def __init__(self, path: str | Path, fingerprint: dict[str, str], every: float) -> None:
+        self.path, self.fingerprint, self.every = Path(path), fingerprint, every
+        self._state = self._read()
+        self._before = self._state["seconds"] if self._state else 0.0
+        self._start = self._written = time.monotonic()
+
+    @property
+    def steps_done(self) -> int:
+        """In the file as it was found; 0 without one."""
+        return self._state["step"] if self._state else 0
+
+    @property
+    def seconds(self) -> float:
+        """From this object's making to now, and those of the calls before it."""
+        return self._before + time.monotonic() - self._start
+
+    def load(self, optimizer: MaskAdam) -> list[Tensor] | None:
+        """Fills scores and moments. Returns the bits of the last row; None without a file.
+
+        Raises: UserError where the file's masks are not the model's.
+        """
+        state, self._state = self._state, None
+        if state is None:
+            return None
+        shapes = {mask.key: mask.scores.shape for mask in optimizer.masks}
+        if shapes != {key: scores.shape for key, scores in state["scores"].items()}:
+            raise UserError(f"{self.path} is another run's: its {len(state['scores'])} masks are not the model's")
+        with torch.no_grad():
+            for mask, scores in zip(optimizer.masks, state["scores"].values()):
+                mask.scores.copy_(scores)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["logged"]
+
+    def _read(self) -> dict | None:
+        if not self.path.is_file():
+            return None
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+        # What torch.load raises on a file that is cut short or is none of its own: zip, unpickling, missing keys.
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{self.path} is damaged: delete it to start the run anew ({error})") from error
+        if not isinstance(state, dict) or state.get("version") != VERSION:
+            raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
+        for name, mine in self.fingerprint.items():
+            if (theirs := state["fingerprint"].get(name)) != mine:
+                raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
+        return state
+
+    def save(self, optimizer: MaskAdam, step: int, logged: list[Tensor], *, last: bool = False) -> None:
+        """Writes the file, whole or not at all, if its time has come."""
+        if not last and time.monotonic() - self._written < self.every:
+            return
+        state = {
+            "version": VERSION, "fingerprint": self.fingerprint, "step": step, "logged": logged,
+            "seconds": self.seconds,
+            "scores": {mask.key: mask.scores.detach() for mask in optimizer.masks}, "optimizer": optimizer.state_dict(),
+        }  # fmt: skip
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_whole(self.path, buffer.getbuffer())
+        self._written = time.monotonic()
