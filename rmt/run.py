@@ -1,0 +1,163 @@
+"""A whole run in a folder: zero-shot accuracy, tuning, tuned accuracy, files.
+
+config.yaml     what was asked for; `rmt train --config RUN/config.yaml --out NEW` does it again
+fewshot.json    the training images, in order
+metrics.jsonl   a line for every `log_every` steps
+last.pt         the resume file: a run that was killed goes on from here and ends with the same bits
+task/           the masks, packed: what is shared
+result.json     accuracies, hashes, versions, machine: written last, so that it stands for a finished run
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from . import clip
+from .checkpoint import environment, save_task, write_json, write_whole
+from .config import RunConfig, UserError, from_yaml, to_yaml
+from .data import Split, TrainBatches
+from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FOLDER, Accuracy, Setup, indices_sha256, prepare, sampled
+from .masking import per_layer
+from .progress import progress
+from .resume import Resume
+from .schedule import Plan, plan
+from .select import Selection, clip_loss, select
+from .train import tune
+
+METRICS_FILE, RESUME_FILE, FEWSHOT_FILE = "metrics.jsonl", "last.pt", "fewshot.json"
+
+
+def run(config: RunConfig, out: str | Path) -> dict:
+    """Runs, goes on with, or reads back the run of `config` in `out`. Returns what `result.json` holds.
+
+    A finished run is not run again; one that was killed goes on where its last resume file stands.
+
+    Raises: UserError for what the user can mend, and where `out` holds another run.
+    """
+    out = Path(out)
+    _need_same_run(config, out)
+    if (out / RESULT_FILE).is_file():
+        print(f"finished   {out / RESULT_FILE} is read back; give another --out to run again")
+        return json.loads((out / RESULT_FILE).read_text())
+    split = sampled(config)
+    setup = prepare(config, split, choose if config.select.criterion else None)
+    asked, config = config, setup.config
+    batches = TrainBatches(split.train, *clip.image_format(setup.clip.model), config.train.batch, config.seed)
+    made = plan(config.train, config.mask, batches.steps_per_epoch, stretch=asked.train.epochs is None)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / CONFIG_FILE, to_yaml(asked).encode())
+    write_json(out / FEWSHOT_FILE, {"train": [i.path for i in split.train], "val": [i.path for i in split.val]})
+    _say_what_follows(setup, made, batches)
+    zero_shot = setup.test(frozen=True)
+    print(f"zero-shot  {zero_shot}", flush=True)
+    seconds = _tune(setup, config, made, batches, out)
+    result = _finish(setup, config, out, zero_shot, seconds)
+    write_json(out / RESULT_FILE, result)
+    return result
+
+
+def choose(loaded: clip.Clip, split: Split, text: Tensor, config: RunConfig) -> Selection:
+    """The weights that `config.select` names, by the task loss on the first training batches; prints the report."""
+    wanted = config.select
+    batches = TrainBatches(split.train, *clip.image_format(loaded.model), config.train.batch, config.seed)
+    device = text.device
+    selection = select(
+        loaded.model, ([t.to(device) for t in batches(step)] for step in range(wanted.batches)),
+        criterion=wanted.criterion, budget=wanted.budget, scope=wanted.scope, unit=wanted.unit, config=config.mask,
+        loss=clip_loss(text),
+    )  # fmt: skip
+    print(selection.report(), flush=True)
+    return selection
+
+
+def _need_same_run(config: RunConfig, out: Path) -> None:
+    path = out / CONFIG_FILE
+    if path.is_file() and (earlier := from_yaml(path.read_text())) != config:
+        odd = [name for name in vars(config) if getattr(config, name) != getattr(earlier, name)]
+        raise UserError(f"out must be a new folder or this run's own, but {out} holds a run that differs in {odd}")
+
+
+def _say_what_follows(setup: Setup, made: Plan, batches: TrainBatches) -> None:
+    weights = sum(mask.scores.numel() for mask in setup.masks)
+    print(f"masks      {len(setup.masks)} tensors, {weights:,} weights with scores")
+    print(
+        f"train      {len(batches.items)} images, {len(setup.split.classnames)} classes, {len(made.rates)} steps of "
+        f"{batches.batch}"
+    )
+    if made.message:
+        print(f"schedule   {made.message}")
+
+
+def _tune(setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, out: Path) -> float:
+    """Returns the seconds that it took, of all calls."""
+    chosen = b"".join(m.selected.cpu().numpy().tobytes() for m in setup.masks if m.selected is not None)
+    fingerprint = {
+        "config": to_yaml(config), "images": indices_sha256(setup.split.train, config), "steps": str(len(made.rates)),
+        "selection": hashlib.sha256(chosen).hexdigest(),
+    }  # fmt: skip
+    resume = Resume(out / RESUME_FILE, fingerprint, config.train.save_every)
+    done = resume.steps_done
+    if done:
+        print(f"resume     from step {done} of {len(made.rates)}")
+    with _metrics(out / METRICS_FILE, done) as file, progress("step", len(made.rates), done) as advance:
+        log = functools.partial(_log, file, advance)
+        tune(
+            setup.clip.model, setup.text, batches, made.rates, config.train,
+            seed=config.seed, log=log, tick=advance, resume=resume,
+        )  # fmt: skip
+    return resume.seconds
+
+
+def _metrics(path: Path, done: int) -> TextIO:
+    """The file, cut back to the rows up to step `done`, open for more. A row that was cut short by a kill goes too."""
+    rows = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done]
+    write_whole(path, "".join(kept).encode())
+    return open(path, "a")
+
+
+def _log(file: TextIO, advance: Callable, row: dict) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+    shown = {key: f"{row[key]:.3g}" for key in ("lr", "task", "general", "batch_acc1", "percent_off")}
+    text = "  ".join(f"{key} {value}" for key, value in shown.items())
+    advance(row["step"], f"{text}  flips {row['flips']:,}  layers {_bars(row['layers'])}")
+
+
+def _bars(values: list[float]) -> str:
+    """One block character a layer, in eighths of the largest value."""
+    top = max(values) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in values)
+
+
+def _finish(setup: Setup, config: RunConfig, out: Path, zero_shot: Accuracy, seconds: float) -> dict:
+    """Saves the task first, then measures and prints. Keys as CLIP_benchmark's, where it has them."""
+    folder = out / TASK_FOLDER
+    save_task(folder, setup.masks, setup.split.classnames, config, setup.template)
+    tuned = setup.test()
+    numbers = {"zero-shot top-1, %": zero_shot.top1, "tuned top-1, %": tuned.top1}
+    task = save_task(folder, setup.masks, setup.split.classnames, config, setup.template, numbers)
+    layers = per_layer(setup.masks)
+    off, total = sum(row[1] for row in layers), sum(row[2] for row in layers)
+    size = (folder / "mask.safetensors").stat().st_size
+    print(f"tuned      {tuned}, {seconds:.1f} s of tuning")
+    print(f"off        {100 * off / total:.2f} % ({off:,} of {total:,} weights)")
+    print(f"task file  {folder}, {size:,} bytes", flush=True)
+    return {
+        "dataset": config.dataset or Path(config.data).stem, "task": "zeroshot_classification",
+        "model": config.model, "pretrained": config.pretrained, "split": "test",
+        "metrics": tuned.metrics(), "zero_shot": zero_shot.metrics(),
+        "percent_off": 100 * off / total, "off": off, "masked": total,
+        "scored": sum(mask.scores.numel() for mask in setup.masks),
+        "per_layer": layers, "task_bytes": size, "tuning_seconds": seconds,
+        "indices_sha256": indices_sha256(setup.split.train, config),
+        "bits_sha256": task.bits_sha256, "base_sha256": task.base_sha256,
+        "classnames": list(setup.split.classnames), "confusion": tuned.confusion.tolist(),
+        "config": dataclasses.asdict(config), "environment": environment(setup.masks[0].scores.device),
+    }  # fmt: skip
