@@ -1,42 +1,30 @@
-import hashlib
+import csv
+import dataclasses
 import json
 import random
 
 import pytest
 import tiny
-import torch
-from torchvision import transforms
 
-from rmt.config import UserError
-from rmt.data import Item, TrainBatches, decode, eval_batches, few_shot, read_folder
+from rmt.config import RunConfig, UserError
+from rmt.data import Item, Split, few_shot, read, read_csv, read_data, read_folder, read_json, subset, write_csv
 
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
-# Data set -> split file and folder of its paths in the oracle.
-OFFICIAL = {
-    "oxford_pets": ("split_zhou_OxfordPets.json", "oxford_pets/images/"),
-    "dtd": ("split_zhou_DescribableTextures.json", "dtd/images/"),
-    "eurosat": ("split_zhou_EuroSAT.json", "eurosat/2750/"),
-}
+ROWS = [["red ball/000.png", 0, "ball"], ["blue sky/000.png", 1, "sky"], ["blue sky/001.png", 1, "sky"]]
 
 
-def made(split, batch=4, seed=1, size=(32, 32)):
-    return TrainBatches(split.train, size, MEAN, STD, batch, seed)
+def table(folder, text, images=2):
+    """A CSV file beside images."""
+    tiny.images(folder, images)
+    (folder / "data.csv").write_text(text)
+    return folder / "data.csv"
 
 
-@pytest.mark.skipif(not tiny.SHARED.exists(), reason=f"needs the real splits of {tiny.SHARED}")
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_few_shot_equals_coops_published_samples(name):
-    oracle = json.loads((tiny.SHARED / "splits" / "fewshot_oracle.json").read_text())[name]
-    file, prefix = OFFICIAL[name]
-    split = json.loads((tiny.SHARED / "splits" / file).read_text())
-    train, val = ([Item(prefix + path, label, cls) for path, label, cls in split[part]] for part in ("train", "val"))
-    for shots, seeds in oracle.items():
-        for seed, want in seeds.items():
-            # What others draw from the global generator must not matter.
-            random.seed(99)
-            for part, got in zip(("train", "val"), few_shot(train, val, int(shots), int(seed))):
-                digest = hashlib.sha256("\n".join(item.path for item in got).encode()).hexdigest()
-                assert (len(got), digest) == (want[part]["n"], want[part]["sha256"]), (shots, seed, part)
+def split_json(folder, rows=ROWS, **parts):
+    """A split JSON beside images."""
+    if not (folder / "red ball").is_dir():
+        tiny.images(folder, 2)
+    (folder / "split.json").write_text(json.dumps({"train": rows, "val": [], "test": rows[:2]} | parts))
+    return folder / "split.json"
 
 
 def test_few_shot_takes_all_of_a_small_class_and_says_so():
@@ -49,11 +37,38 @@ def test_few_shot_takes_all_of_a_small_class_and_says_so():
     assert [item.path for item in train[2:]] == random.Random(1).sample([f"1/{i}" for i in range(5)], 4)
 
 
+@pytest.mark.parametrize("total", [2, 5, 37])
+def test_halves_are_the_first_and_the_other_labels_from_0(total):
+    order = random.Random(0).sample(range(total), total)
+    items = [Item(f"{label}/{i}", label, f"name {label}") for label in order for i in range(3)]
+    split = Split(items, items[:4], items[::2], tuple(f"name {label}" for label in range(total)), "a {}", "key")
+    half = (total + 1) // 2
+    base, new = subset(split, "base"), subset(split, "new")
+    assert subset(split, "all") is split
+    assert base.classnames + new.classnames == split.classnames and len(base.classnames) == half
+    for part in ("train", "val", "test"):
+        mine = getattr(split, part)
+        assert getattr(base, part) == [item for item in mine if item.label < half]
+        assert getattr(new, part) == [i._replace(label=i.label - half) for i in mine if i.label >= half]
+    for got in (base, new):
+        assert all(got.classnames[item.label] == item.classname for item in got.train)
+        assert (got.template, got.dataset) == ("a {}", "key")
+
+
+def test_halves_need_a_known_name_and_two_classes():
+    split = Split([Item("a", 0, "one")], [], [], ("one",))
+    with pytest.raises(UserError, match="classes must be all, base or new, got 'old'"):
+        subset(split, "old")
+    with pytest.raises(UserError, match="classes new needs at least two classes, got 1"):
+        subset(split, "new")
+
+
 def test_read_folder_with_splits(tmp_path):
     split = read_folder(tiny.splits(tmp_path, train=3, test=2))
     assert split.classnames == ("blue sky", "green_leaf", "grey stone", "red ball")
     assert (len(split.train), len(split.val), len(split.test)) == (12, 0, 8)
     assert split.train[3] == Item(str(tmp_path / "train" / "green_leaf" / "000.png"), 1, "green_leaf")
+    assert (split.template, split.dataset) == (None, None)
 
 
 def test_read_folder_without_split_makes_its_own_always_the_same(tmp_path):
@@ -96,66 +111,137 @@ def test_read_folder_refuses_parts_with_other_classes(tmp_path):
         read_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not an image", None])
-def test_a_broken_image_is_named_before_training(tmp_path, content):
-    split = read_folder(tiny.splits(tmp_path, 2, 2))
-    path = tmp_path / "train" / "red ball" / "001.png"
-    path.write_bytes(path.read_bytes()[:900] if content is None else content)
-    with pytest.raises(UserError, match=r"train/red ball/001\.png cannot be read as an image"):
-        made(split)
+def test_a_run_reads_any_of_them(tmp_path):
+    folder = tiny.splits(tmp_path / "folder", 2, 2)
+    file = split_json(tmp_path / "json")
+    write_csv(tmp_path / "folder" / "all.csv", read_folder(folder))
+    for path, count in ((folder, 8), (file, 3), (tmp_path / "folder" / "all.csv", 8)):
+        assert len(read(RunConfig("local-dir:x", data=str(path))).train) == count
+        assert read_data(path) == read(RunConfig("local-dir:x", data=str(path)))
+    for name, got in (("nowhere", "missing"), ("nowhere.csv", "missing"), ("folder/test/red ball/000.png", "no such")):
+        with pytest.raises(UserError, match=f"data must be a folder of images, .*{name}', which is {got}"):
+            read_data(tmp_path / name)
 
 
-def test_batches_are_a_function_of_seed_and_step(tmp_path):
-    split = read_folder(tiny.splits(tmp_path))
-    batches = made(split)
-    first = batches(11)
-    torch.manual_seed(123)
-    state = torch.get_rng_state()
-    again = made(split)(11)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(made(split, seed=2)(11)[0], first[0])
-    assert first[0].shape == (4, 3, 32, 32) and first[0].dtype == torch.float32 and first[1].dtype == torch.int64
+def test_csv_with_names_and_splits(tmp_path):
+    text = 'split,path,classname\ntrain,red ball/000.png,"ball, red"\n\ntrain, blue sky/000.png ,sky\n'
+    path = table(tmp_path, "\ufeff" + text + 'test,red ball/001.png,"ball, red"\nval,blue sky/001.png,sky\n')
+    split = read_csv(path)
+    assert split.classnames == ("ball, red", "sky")
+    assert split.train == [
+        Item(str(tmp_path / "red ball/000.png"), 0, "ball, red"), Item(str(tmp_path / "blue sky/000.png"), 1, "sky"),
+    ]  # fmt: skip
+    assert [item.path[-7:] for item in split.test + split.val] == ["001.png", "001.png"]
 
 
-def test_an_epoch_shows_every_image_once_and_drops_the_rest(tmp_path):
-    split = read_folder(tiny.splits(tmp_path, train=7))  # 28 images
-    batches = made(split, batch=8)
-    seen = []
-    batches._image = lambda index, epoch: seen.append((epoch, index)) or torch.zeros(3, 2, 2)
-    assert batches.steps_per_epoch == 3
-    for step in range(6):
-        batches(step)
-    epochs = [[index for e, index in seen if e == epoch] for epoch in (0, 1)]
-    assert [len(set(epoch)) for epoch in epochs] == [24, 24] and epochs[0] != epochs[1]
+def test_csv_with_numbers_keeps_their_order(tmp_path):
+    text = "path,label,classname,split\nred ball/000.png,1,ball\nblue sky/000.png,0,sky\n"
+    path = table(tmp_path, text.replace("ball\n", "ball,train\n").replace("sky\n", "sky,train\n"))
+    assert read_csv(path).classnames == ("sky", "ball")
+    path.write_text("path,label,split\nred ball/000.png,1,train\nblue sky/000.png,0,test\nred ball/001.png,0,train\n")
+    split = read_csv(path)
+    assert split.classnames == ("0", "1") and [item.label for item in split.train] == [1, 0]
 
 
-def test_fewer_images_than_a_batch_make_one_whole_batch(tmp_path):
-    batches = made(read_folder(tiny.splits(tmp_path, train=2)), batch=32)
-    assert batches.steps_per_epoch == 1 and len(batches(0)[1]) == 8
+def test_csv_without_splits_gets_the_folders_own_split(tmp_path):
+    folder = tiny.images(tmp_path / "all", 6)
+    rows = [f"{name}/{i:03}.png,{name}" for i in range(6) for name in tiny.COLOURS]
+    (folder / "data.csv").write_text("\n".join(["path,label", *rows]))
+    assert read_csv(folder / "data.csv") == read_folder(folder)
 
 
-def test_augmentation_is_torchvisions(tmp_path):
-    split = read_folder(tiny.splits(tmp_path, train=1))
-    batches = made(split, batch=1, size=(24, 16))
-    image = batches._image(0, 5)
-    bicubic = transforms.InterpolationMode.BICUBIC
-    torch.manual_seed(random.Random("image 1 5 0").getrandbits(63))
-    want = transforms.RandomResizedCrop((24, 16), (0.5, 1.0), interpolation=bicubic)(decode(split.train[0].path, ""))
-    want = transforms.ToTensor()(transforms.RandomHorizontalFlip()(want))
-    torch.testing.assert_close(image, transforms.Normalize(MEAN, STD)(want))
+def test_written_csv_is_read_back(tmp_path):
+    split = read_folder(tiny.splits(tmp_path, 3, 2))
+    odd = [item._replace(label=3 - item.label, classname=item.classname + ', "so"') for item in split.train]
+    split = dataclasses.replace(
+        split, train=odd, test=[], classnames=tuple(f'{n}, "so"' for n in split.classnames[::-1])
+    )
+    write_csv(tmp_path / "train" / "out.csv", split)
+    assert read_csv(tmp_path / "train" / "out.csv") == split
+    with open(tmp_path / "train" / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {"path": "blue sky/000.png", "label": "3", "classname": 'blue sky, "so"', "split": "train"}
 
 
-def test_images_are_read_once(tmp_path):
-    split = read_folder(tiny.splits(tmp_path))
-    batches = made(split)
-    for item in split.train:
-        (tmp_path / item.path).unlink()
-    assert batches(0)[0].isfinite().all()
+WRONG_CSV = {
+    "empty": ("", r"line 1 must be a header .* got \[\]"),
+    "no-header": ("a.png,cat\n", r"line 1 must be a header of path, classname or label, and split, got \['a.png'"),
+    "no-class": ("path,split\n", "line 1 must be a header"),
+    "unknown-column": ("path,label,colour\n", "line 1 must be a header"),
+    "twice": ("path,label,path\n", "line 1 must be a header"),
+    "no-rows": ("path,label\n\n", "must have a line for each image, got none"),
+    "short": ("path,label\nred ball/000.png,a\n\nblue sky/000.png\n", r"line 4 must have path, label, got \['blue"),
+    "blank": ("path,label\nred ball/000.png, \n", "line 2 must have path, label"),
+    "quotes": ('path,label\n"red ball/000.png"x,a\n', "line 2 must be CSV"),
+    "no-file": ("path,label\nred ball/000.png,a\nred ball/no.png,a\n", r"line 3: there is no file .*red ball/no\.png"),
+    "same-file": ("path,label\nred ball/000.png,a\nred ball/000.png,b\n", r"line 3: .*000\.png is on line 2 already"),
+    "split": ("path,label,split\nred ball/000.png,a,valid\n", "line 2: split must be train, val or test, got 'valid'"),
+    "number": ("path,label,classname\nred ball/000.png,a,ball\n", "line 2: label must be a number .* got 'a'"),
+    "too-few": ("path,label\nred ball/000.png,a\n", "'a' needs at least 4 images"),
+    "gap": ("path,label,classname,split\nred ball/000.png,1,ball,train\n", "labels must be 0 to 0, got 1"),
+    "names": (
+        "path,label,classname,split\nred ball/000.png,0,ball,train\nblue sky/000.png,0,sky,test\n",
+        "one class name for a label, but label 0 is 'ball' and 'sky'",
+    ),
+    "untrained": (
+        "path,label,split\nred ball/000.png,a,train\nblue sky/000.png,b,test\n",
+        "training images of all classes, got none of 'b'",
+    ),
+    "binary": (b"path,label\n\xff\xfe", "cannot be read as text"),
+}  # fmt: skip
 
 
-def test_eval_batches_keep_order_and_the_short_last_batch(tmp_path):
-    split = read_folder(tiny.splits(tmp_path, test=3))
-    got = list(eval_batches(split.test, transforms.ToTensor(), batch=5))
-    assert [len(label) for _, label in got] == [5, 5, 2]
-    assert torch.cat([label for _, label in got]).tolist() == [item.label for item in split.test]
+@pytest.mark.parametrize("text, message", WRONG_CSV.values(), ids=WRONG_CSV)
+def test_a_wrong_csv_is_named_with_its_line(tmp_path, text, message):
+    path = table(tmp_path, "")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=f"{'' if 'at least 4' in message else 'data.csv.*'}{message}"):
+        read_csv(path)
+
+
+def test_split_json(tmp_path):
+    split = read_json(split_json(tmp_path))
+    assert split.classnames == ("ball", "sky") and len(split.train) == 3 and split.val == []
+    assert split.test == [
+        Item(str(tmp_path / "red ball/000.png"), 0, "ball"), Item(str(tmp_path / "blue sky/000.png"), 1, "sky"),
+    ]  # fmt: skip
+    elsewhere = read_json((tmp_path / "split.json").rename(tmp_path / "red ball" / "split.json"), tmp_path)
+    assert elsewhere == split
+
+
+def test_split_json_may_be_for_testing_only(tmp_path):
+    assert read_json(split_json(tmp_path, train=[])).classnames == ("ball", "sky")
+
+
+WRONG_JSON = {
+    "gap": ([["red ball/000.png", 0, "a"], ["red ball/001.png", 2, "b"]], "2 classes, so .* must be 0 to 1, got 2"),
+    "negative": ([["red ball/000.png", -1, "a"], ["red ball/001.png", 0, "b"]], "labels must be 0 to 1, got -1"),
+    "two-names": ([*ROWS, ["red ball/001.png", 1, "ball"]], "label 1 is 'sky' and 'ball'"),
+    "missing": (
+        [*ROWS, *([f"no/{i}.png", 0, "ball"] for i in range(5))],
+        r"names 5 files that are not in .*: no/0\.png, no/1\.png, no/2\.png, \.\.\.$",
+    ),
+    "short": ([["red ball/000.png", 0]], r"train\[0\] must be \[path, label, class name\], got \['red ball"),
+    "text-label": ([*ROWS, ["red ball/001.png", "1", "ball"]], r"train\[3\] must be \[path, label, class name\]"),
+    "bool-label": ([*ROWS, ["red ball/001.png", True, "sky"]], r"train\[3\] must be"),
+    "no-list": ([*ROWS, "red ball/001.png"], r"train\[3\] must be"),
+    "nothing": ([], "must name at least one image, got none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, message", WRONG_JSON.values(), ids=WRONG_JSON)
+def test_a_wrong_split_json_is_named(tmp_path, rows, message):
+    with pytest.raises(UserError, match=f"split.json.*{message}"):
+        read_json(split_json(tmp_path, rows))
+
+
+def test_a_class_without_training_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="training images of all classes, got none of 'leaf'"):
+        read_json(split_json(tmp_path, test=[["green_leaf/000.png", 2, "leaf"]]))
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"train": [], "test": []}', '{"train": 1, "val": [], "test": []}'])
+def test_what_is_no_split_json_is_refused(tmp_path, text):
+    (tmp_path / "split.json").write_text(text)
+    with pytest.raises(UserError, match=r"split\.json must be"):
+        read_data(tmp_path / "split.json")
