@@ -1,13 +1,10 @@
 """Masked attention: `nn.MultiheadAttention`, and open_clip's own `Attention` of any version."""
 
-import copy
-import functools
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masked import INIT, THRESHOLD, MaskedModule
-from .modules import FusedMaskedLinear, need_plain
+from .modules import FusedMaskedLinear, add_masks, mask_by_weight, need_plain, turned_into
 
 
 class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
@@ -22,18 +19,21 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
 
     def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        _mask_packed_attention(self, init, threshold)
+        _mask_packed_attention(self, nn.MultiheadAttention, init, threshold)
 
     @classmethod
     def from_module(cls, attn: nn.Module, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
         """A masked layer on `attn`'s own tensors. Takes `nn.MultiheadAttention`, or a module of the shape of
         open_clip's own `Attention`: a parameter `in_proj_weight`, a Linear `out_proj`, its own forward."""
         if not isinstance(attn, nn.MultiheadAttention):
-            return _masked_attention(attn, init, threshold)
+            return _mask_own_attention(attn, init, threshold)
         need_plain(attn, nn.MultiheadAttention)
-        layer = copy.copy(attn)
-        layer.__class__ = cls
-        return _mask_packed_attention(layer, init, threshold)
+        if type(attn).forward is nn.MultiheadAttention.forward:
+            return _mask_packed_attention(turned_into(attn, cls), type(attn), init, threshold)
+        layer = mask_by_weight(attn, ("in_proj_",), init, threshold)
+        # A forward of its own that ends in nn.MultiheadAttention's reads this weight as well, and calls no Linear.
+        layer.out_proj = mask_by_weight(attn.out_proj, ("",), init, threshold)
+        return layer
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -49,11 +49,12 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
             query = query.transpose(0, 1)
             key = query if same[0] else key.transpose(0, 1)
             value = key if same[1] else value.transpose(0, 1)
+        out = self.out_proj
         y, weights = F.multi_head_attention_forward(
             query, key, value, self.embed_dim, self.num_heads, self._masked_weight("in_proj_"), self.in_proj_bias,
-            self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, self.out_proj._masked_weight(""),
-            self.out_proj.bias, self.training, key_padding_mask, need_weights, attn_mask,
-            average_attn_weights=average_attn_weights, is_causal=is_causal,
+            self.bias_k, self.bias_v, self.add_zero_attn, self.dropout, out._masked_weight(""), out.bias,
+            self.training, key_padding_mask, need_weights, attn_mask, average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
         )  # fmt: skip
         return (y.transpose(0, 1) if self.batch_first and y.dim() == 3 else y), weights
 
@@ -74,26 +75,16 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
         return y.transpose(0, 1) if self.batch_first else y
 
 
-def _mask_packed_attention(layer: FusedMaskedMultiheadAttention, init: float, threshold: float) -> nn.Module:
+def _mask_packed_attention(layer: nn.Module, host: type, init: float, threshold: float) -> nn.Module:
     if layer.in_proj_weight is None:
         raise ValueError("attention with separate q, k, v weights (kdim or vdim) cannot be masked here")
     # nn.TransformerEncoderLayer's eval fast path reads weights past our forward; it keeps off where this is False.
-    layer._qkv_same_embed_dim = False
-    return _mask_attention(layer, init, threshold)
-
-
-def _mask_attention(layer: nn.Module, init: float, threshold: float) -> nn.Module:
-    """Gives a shallow copy of an attention module tables of its own, a masked out-projection and masks."""
-    for table in ("_parameters", "_buffers", "_modules"):
-        layer.__dict__[table] = layer.__dict__[table].copy()
+    add_masks(layer, host, init, threshold, _qkv_same_embed_dim=False)
     layer.out_proj = FusedMaskedLinear.from_linear(layer.out_proj, init, threshold)
-    scores = layer.out_proj.scores
-    layer._add_masks(init, threshold)
-    scores.requires_grad_(True)
     return layer
 
 
-def _masked_attention(attn: nn.Module, init: float, threshold: float) -> nn.Module:
+def _mask_own_attention(attn: nn.Module, init: float, threshold: float) -> nn.Module:
     """open_clip's own `Attention`, of whatever version: its forward runs as it is, and reads the masked weight.
 
     The in-projection's product is therefore the host's `F.linear` over the masked weight.
@@ -104,23 +95,6 @@ def _masked_attention(attn: nn.Module, init: float, threshold: float) -> nn.Modu
             "from_module takes nn.MultiheadAttention or a module with a parameter in_proj_weight and a Linear "
             f"out_proj, got {type(attn).__name__}"
         )
-    layer = copy.copy(attn)
-    layer.__class__ = _masked_class(type(attn))
-    return _mask_attention(layer, init, threshold)
-
-
-@functools.cache
-def _masked_class(host: type) -> type:
-    body = {
-        "mask_prefixes": ("in_proj_",),
-        "in_proj_weight": property(lambda self: self._masked_weight("in_proj_")),
-        "__reduce__": lambda self: (_rebuild, (host, self.__getstate__())),
-    }
-    return type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
-
-
-def _rebuild(host: type, state: dict) -> nn.Module:
-    """Unpickles a module of a class that pickle cannot find by name."""
-    layer = _masked_class(host).__new__(_masked_class(host))
-    layer.__dict__.update(state)
+    layer = mask_by_weight(attn, ("in_proj_",), init, threshold)
+    layer.out_proj = FusedMaskedLinear.from_linear(out_proj, init, threshold)
     return layer

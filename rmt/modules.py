@@ -6,11 +6,16 @@
 biases are those of the original module.
 """
 
+import functools
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masked import INIT, THRESHOLD, MaskedModule
+
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 class FusedMaskedLinear(MaskedModule, nn.Linear):
@@ -31,26 +36,22 @@ class FusedMaskedLinear(MaskedModule, nn.Linear):
         if in_features < 1 or out_features < 1:
             raise ValueError(f"a layer needs features, got in_features={in_features}, out_features={out_features}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._add_masks(init, threshold)
+        add_masks(self, nn.Linear, init, threshold)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, init: float = INIT, threshold: float = THRESHOLD) -> "FusedMaskedLinear":
-        """A masked layer on `linear`'s own weight and bias tensors (shared, and frozen from now on)."""
+    def from_linear(cls, linear: nn.Linear, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
+        """A masked layer on `linear`'s own weight and bias tensors (shared, and frozen from now on).
+
+        A subclass with a forward of its own keeps that forward, which then reads the masked weight.
+        """
         need_plain(linear, nn.Linear)
-        layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, init, threshold, "meta",
-            linear.weight.dtype,
-        )  # fmt: skip
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer._add_masks(init, threshold)
-        return layer.train(linear.training)
+        if type(linear).forward is not nn.Linear.forward:
+            return mask_by_weight(linear, ("",), init, threshold)
+        return add_masks(turned_into(linear, cls), type(linear), init, threshold)
 
     def to_linear(self) -> nn.Linear:
         """A plain `nn.Linear` with the mask merged in: exact in every dtype, equal outputs bit for bit."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dense().detach().clone(), requires_grad=False)
-        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return linear.train(self.training)
+        return to_plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
@@ -66,35 +67,115 @@ class FusedMaskedConv2d(MaskedModule, nn.Conv2d):
 
     def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._add_masks(init, threshold)
+        add_masks(self, nn.Conv2d, init, threshold)
 
     @classmethod
-    def from_module(cls, conv: nn.Conv2d, init: float = INIT, threshold: float = THRESHOLD) -> "FusedMaskedConv2d":
-        """A masked layer on `conv`'s own weight and bias tensors."""
+    def from_module(cls, conv: nn.Conv2d, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
+        """A masked layer on `conv`'s own weight and bias tensors; a subclass's own forward is kept, as for Linear."""
         need_plain(conv, nn.Conv2d)
-        layer = cls(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, conv.bias is not None, conv.padding_mode, device="meta",
-        )  # fmt: skip
-        layer.weight, layer.bias = conv.weight, conv.bias
-        layer._add_masks(init, threshold)
-        return layer.train(conv.training)
+        host = type(conv)
+        if (host.forward, host._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
+            return mask_by_weight(conv, ("",), init, threshold)
+        return add_masks(turned_into(conv, cls), host, init, threshold)
 
     def to_conv(self) -> nn.Conv2d:
         """A plain `nn.Conv2d` with the mask merged in, exact."""
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-            self.groups, self.bias is not None, self.padding_mode, device="meta",
-        )  # fmt: skip
-        conv.weight = nn.Parameter(self.dense().detach().view_as(self.weight).clone(), requires_grad=False)
-        conv.bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), requires_grad=False)
-        return conv.train(self.training)
+        return to_plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, H', W')."""
-        return self._conv_forward(x, self._masked_weight(""), self.bias)
+        weight = self._masked_weight("")
+        simple = self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        if torch.is_autocast_enabled(x.device.type) and weight.requires_grad and simple:
+            options = (self.stride, self.padding, self.dilation, self.groups)
+            return AutocastConv.apply(x, weight, self.bias, options, torch.get_autocast_dtype(x.device.type))
+        return self._conv_forward(x, weight, self.bias)
+
+
+class AutocastConv(torch.autograd.Function):
+    """What autocast makes of a convolution, but for its weight gradient: that is summed and kept in fp32.
+
+    Autocast alone would hand the test of signs a gradient that has been rounded to 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple, dtype: torch.dtype) -> Tensor:
+        x, low = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, low)
+        ctx.options = options
+        return F.conv2d(x, low, None if bias is None else bias.to(dtype), *options)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, low), (need_x, _, need_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        with torch.autocast(g.device.type, enabled=False):
+            dx = torch.nn.grad.conv2d_input(x.shape, low, g, *ctx.options) if need_x else None
+            dw = torch.nn.grad.conv2d_weight(x.float(), low.shape, g.float(), *ctx.options)
+        return dx, dw, g.sum((0, 2, 3)) if need_bias else None, None, None
 
 
 def need_plain(module: Any, kind: type) -> None:
     if not isinstance(module, kind) or isinstance(module, MaskedModule):
         raise TypeError(f"expected a plain {kind.__name__}, got {type(module).__name__}")
+
+
+def turned_into(module: nn.Module, kind: type) -> nn.Module:
+    """A `kind` with all that `module` has: the same tensors, children and hooks, in tables of its own."""
+    layer = kind.__new__(kind)
+    layer.__dict__.update(module.__dict__)
+    for table in _TABLES:
+        layer.__dict__[table] = module.__dict__[table].copy()
+    return layer
+
+
+def add_masks(layer: MaskedModule, host: type, init: float, threshold: float, **changed: Any) -> MaskedModule:
+    """Gives `layer`, so far a `host`, its masks and `changed` attributes, and notes how `to_plain` goes back."""
+    absent = [p + "weight" for p in layer.mask_prefixes if layer._parameters.get(p + "weight") is None]
+    if absent:
+        raise TypeError(f"{host.__name__} has no parameter {absent[0]}: is it parametrized, or quantized?")
+    # By name, not by value: what a plain module may change later (hooks, training mode) is kept.
+    names = frozenset(layer.__dict__) | frozenset(layer._parameters) | frozenset(layer._buffers)
+    layer._plain = host, names, {name: layer.__dict__[name] for name in changed}
+    layer.__dict__.update(changed)
+    layer._add_masks(init, threshold)
+    return layer
+
+
+def to_plain(layer: MaskedModule) -> nn.Module:
+    """A module of the class that `layer` was made of, with the masked weights merged in: exact in every dtype."""
+    host, names, changed = layer._plain
+    plain = turned_into(layer, host)
+    for prefix in layer.mask_prefixes:
+        name = prefix + "weight"
+        merged = layer.dense(prefix).detach().clone().view_as(layer._parameters[name])
+        plain._parameters[name] = nn.Parameter(merged, requires_grad=False)
+    for table in (plain.__dict__, plain._parameters, plain._buffers):
+        for name in set(table) - names:
+            del table[name]
+    plain.__dict__.update(changed)
+    return plain
+
+
+def mask_by_weight(module: nn.Module, prefixes: tuple[str, ...], init: float, threshold: float) -> nn.Module:
+    """Masks a module whose forward, or whose parent, reads `module.{prefix}weight`: it reads the masked weight there.
+
+    All else of the module runs as it is, and so are its products the host's own over the masked weight.
+    """
+    layer = turned_into(module, _masked_class(type(module), prefixes))
+    return add_masks(layer, type(module), init, threshold)
+
+
+@functools.cache
+def _masked_class(host: type, prefixes: tuple[str, ...]) -> type:
+    body = {"mask_prefixes": prefixes, "__reduce__": lambda self: (_rebuild, (host, prefixes, self.__getstate__()))}
+    for prefix in prefixes:
+        body[prefix + "weight"] = property(lambda self, prefix=prefix: self._masked_weight(prefix))
+    return type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
+
+
+def _rebuild(host: type, prefixes: tuple[str, ...], state: dict) -> nn.Module:
+    """Unpickles a module of a class that pickle cannot find by name."""
+    kind = _masked_class(host, prefixes)
+    layer = kind.__new__(kind)
+    layer.__dict__.update(state)
+    return layer

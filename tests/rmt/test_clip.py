@@ -1,3 +1,5 @@
+import inspect
+import json
 import subprocess
 import sys
 
@@ -5,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from rmt import clip
 from rmt.config import MaskConfig, UserError
@@ -82,17 +85,138 @@ def test_load_refuses_weights_that_are_not_finite(tmp_path):
         clip.load(name, None, None, CPU)
 
 
-@pytest.mark.parametrize("messages", [["QuickGELU mismatch between ..."], []])
-def test_quick_gelu_is_warned_of_with_the_fix(messages):
-    pretrained = "openai" if messages else "/weights/from/somewhere.pt"
-    with pytest.warns(UserWarning, match="ViT-B-32-quickgelu"):
-        clip._warn_quick_gelu("ViT-B-32", pretrained, messages)
+# --- the activation ---------------------------------------------------------------------------------------------------
 
 
-def test_no_quick_gelu_warning_where_open_clip_knows_better(recwarn):
-    clip._warn_quick_gelu("ViT-B-32", "laion2b_s34b_b79k", [])
-    clip._warn_quick_gelu("local-dir:/x", None, [])
-    assert not recwarn.list
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """open_clip knows `tiny` and `tiny-quickgelu` by name, and a file of weights for them is at hand."""
+    import open_clip
+
+    factory = sys.modules["open_clip.factory"]
+    # open_clip keeps its configurations, and where they come from, in these two tables for good.
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    for name, extra in (("tiny", {}), ("tiny-quickgelu", {"quick_gelu": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(tiny.MODEL | extra))
+        open_clip.add_model_config(tmp_path / f"{name}.json")
+    torch.save(tiny.model().state_dict(), tmp_path / "plain.pt")
+    holder = nn.Module()
+    for name, value in tiny.model().half().state_dict().items():
+        parent, _, child = name.rpartition(".")
+        at = holder
+        for part in filter(None, parent.split(".")):
+            if part not in dict(at.named_children()):
+                at.add_module(part, nn.Module())
+            at = at.get_submodule(part)
+        at.register_parameter(child, nn.Parameter(value, requires_grad=False))
+    torch.jit.save(torch.jit.script(holder), tmp_path / "OpenAI.pt")
+    return tmp_path
+
+
+def need_torchscript():
+    import open_clip
+
+    if "weights_only" not in inspect.signature(open_clip.create_model_and_transforms).parameters:
+        pytest.skip("this open_clip cannot read TorchScript archives with torch 2.6 and newer")
+
+
+def test_openais_file_is_refused_without_quick_gelu_and_the_fix_is_named(names):
+    need_torchscript()
+    message = r"OpenAI\.pt, a TorchScript archive as OpenAI's .* its name must be 'tiny-quickgelu'"
+    with pytest.raises(UserError, match=message):
+        clip.load("tiny", str(names / "OpenAI.pt"), None, CPU)
+
+
+def test_openais_file_loads_with_quick_gelu(names):
+    need_torchscript()
+    made = clip.load("tiny-quickgelu", str(names / "OpenAI.pt"), None, CPU)
+    want = tiny.model().half().state_dict()
+    assert all(torch.equal(value, want[name].float()) for name, value in made.model.state_dict().items())
+    assert made.config["quick_gelu"] is True
+
+
+def test_a_file_of_unknown_origin_is_warned_of(names):
+    with pytest.warns(UserWarning, match="OpenAI's weights need tiny-quickgelu"):
+        made = clip.load("tiny", str(names / "plain.pt"), None, CPU)
+    assert made.config["quick_gelu"] is False
+
+
+def test_a_file_of_unknown_origin_and_quick_gelu_is_not_warned_of(names, recwarn):
+    clip.load("tiny-quickgelu", str(names / "plain.pt"), None, CPU)
+    assert not [w for w in recwarn if "quickgelu" in str(w.message)]
+
+
+def load_by_tag(name, tag, monkeypatch):
+    """`clip.load` where open_clip's own weights for the tag are our random ones: nothing is downloaded."""
+    import open_clip
+
+    quick = name.endswith("-quickgelu") or tag == "openai-by-openai-loader"
+    made = open_clip.CLIP(**tiny.MODEL, quick_gelu=quick)
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (made, None, None))
+    return clip.load(name, tag, None, CPU)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50"])
+def test_openais_tag_is_refused_without_quick_gelu(name, monkeypatch):
+    if not _tag("ViT-B-32", "openai").get("quick_gelu"):
+        pytest.skip("this open_clip builds every model for the tag openai with QuickGELU by itself")
+    with pytest.raises(UserError, match=f"'openai' was trained with QuickGELU, .*its name must be '{name}-quickgelu'"):
+        load_by_tag(name, "openai", monkeypatch)
+
+
+def _tag(name, tag):
+    import open_clip
+
+    return open_clip.get_pretrained_cfg(name, tag)
+
+
+@pytest.mark.parametrize("name, tag", [("ViT-B-32-quickgelu", "openai"), ("ViT-B-32", "laion2b_s34b_b79k")])
+def test_a_tag_with_its_activation_loads_without_a_warning(name, tag, monkeypatch, recwarn):
+    assert load_by_tag(name, tag, monkeypatch).config["quick_gelu"] == ("quickgelu" in name)
+    assert not [w for w in recwarn if "GELU" in str(w.message)]
+
+
+def test_a_folders_own_config_is_believed(tmp_path, recwarn):
+    for quick in (False, True):
+        folder = tmp_path / str(quick)
+        name = tiny.model_folder(folder)
+        text = json.loads((folder / "open_clip_config.json").read_text())
+        text["model_cfg"]["quick_gelu"] = quick
+        (folder / "open_clip_config.json").write_text(json.dumps(text))
+        made = clip.load(name, None, 48, CPU)
+        assert made.config == text["model_cfg"] | {"vision_cfg": tiny.MODEL["vision_cfg"] | {"image_size": 48}}
+    assert not [w for w in recwarn if "GELU" in str(w.message).upper()]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_text_without_masks_is_computed_once(loaded, monkeypatch):
+    text = clip.Text.make(loaded, list(tiny.COLOURS), "a photo of a {}.")
+    monkeypatch.setattr(loaded.model, "encode_text", None)
+    assert text.features(grad=True) is text.features() is text.student() is text.teacher()
+    assert not text.masked and not text.teacher().requires_grad
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["made-before-masking", "made-after"])
+def test_text_of_a_masked_tower_follows_the_masks_and_the_teacher_does_not(loaded, before):
+    model = tiny.model()
+    made = clip.Clip(model, None, loaded.tokenizer)
+    arguments = made, list(tiny.COLOURS), "a photo of a {}."
+    zero_shot = clip.text_features(*arguments)
+    early = clip.Text.make(*arguments)
+    found = apply_masks(model, MaskConfig(targets=("mlp",), towers=("text",)))
+    text = early if before else clip.Text.make(*arguments)
+    assert text.masked
+    torch.testing.assert_close(text.student(), zero_shot)
+    found[0].set_bits(torch.zeros_like(found[0].bits))
+    assert torch.equal(clip.text_features(*arguments), clip.text_features(*arguments))
+    torch.testing.assert_close(text.teacher(), zero_shot)
+    assert not torch.allclose(text.features(), zero_shot) and not text.features().requires_grad
+    logits = clip.logits(model, torch.randn(3, 3, 32, 32), text.student())
+    logits.sum().backward()
+    assert all(m.scores.grad is not None for m in found)
 
 
 def test_open_clip_is_imported_only_when_a_model_is_loaded():
