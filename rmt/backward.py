@@ -1,7 +1,8 @@
 """One call that runs both cotangents and leaves the dropped-out gradient in every layer's `scores.grad`."""
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,15 +56,29 @@ def backward(
     edges = [GradientEdge(node, 0) for nodes in uses.values() for node in nodes]
     inputs = edges + [found[i].scores for i in opaque]
     grads = []
-    for n, (output, cotangent) in enumerate(losses):
-        keep = retain_graph or n + 1 < len(losses)
-        grads.append(torch.autograd.grad(output, inputs, cotangent, keep or bool(edges), allow_unused=True))
+    with _taken(uses):
+        for n, (output, cotangent) in enumerate(losses):
+            keep = retain_graph or n + 1 < len(losses)
+            grads.append(torch.autograd.grad(output, inputs, cotangent, keep or bool(edges), allow_unused=True))
     with torch.no_grad():
         if pending is not None:
             grads = _added(pending, opaque, grads)
             pending[:] = [(opaque, grads)] if more else []
         if not more:
             _set_grads(found, uses, opaque, grads, strength, seed, step, l2)
+
+
+@contextlib.contextmanager
+def _taken(uses: dict[int, list]) -> Iterator[None]:
+    """Inside, products whose cotangents are taken make no gradient of their scores: it would be thrown away."""
+    nodes = [node for nodes in uses.values() for node in nodes]
+    for node in nodes:
+        node.rmt_taken = True
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.rmt_taken = False
 
 
 def _added(pending: list, opaque: list[int], grads: list[tuple]) -> list[tuple]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from . import clip
 from .checkpoint import environment, save_task, write_json, write_whole
 from .config import RunConfig, UserError, from_yaml, to_yaml
-from .data import Split, TrainBatches
-from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FOLDER, Accuracy, Setup, indices_sha256, prepare, sampled
+from .data import Split, TrainBatches, indices_sha256
+from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FOLDER, Accuracy, Setup, prepare, sampled
 from .masking import per_layer
 from .progress import progress
 from .resume import Resume

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import rmt_kernels as rk
-
 from . import clip
 from .backward import backward
 from .checkpoint import count_on
@@ -79,15 +77,24 @@ def gradients(
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             teacher = clip.frozen_logits(model, x, text.teacher() if isinstance(text, clip.Text) else text)
             logits = clip.logits(model, x, text.student() if isinstance(text, clip.Text) else text)
-        logits, teacher = logits.float(), teacher.float()
-        pair = rk.logit_cotangents(logits.detach(), teacher, y, config.temperature)
-        g_task, g_general = (g * (len(x) / len(image)) for g in pair)
+        task, general = losses(logits.float(), teacher.float(), y, config.temperature)
+        share = len(x) / len(image)
         backward(
-            (logits, g_task), (logits, g_general), found, strength=config.strength, seed=seed, step=step,
-            l2=config.l2, pending=pending, more=n + 1 < len(parts),
+            task * share, general * share, found, strength=config.strength, seed=seed, step=step, l2=config.l2,
+            pending=pending, more=n + 1 < len(parts),
         )  # fmt: skip
-        outputs.append((logits.detach(), teacher, y))
+        outputs.append((logits.detach().float(), teacher.float(), y))
     return tuple(torch.cat(t) for t in zip(*outputs))
+
+
+def losses(logits: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Task loss: cross entropy. General loss: T^2 * H(softmax(teacher / T), softmax(logits / T)), official KLLoss.
+
+    logits, teacher: (B, C) fp32. The L2 term joins the task's gradient in `rmt.backward`.
+    """
+    t = temperature
+    general = -((teacher / t).softmax(1) * (logits / t).log_softmax(1)).sum(1).mean() * t * t
+    return F.cross_entropy(logits, label), general
 
 
 class Meter:

@@ -101,6 +101,8 @@ def _masked_linear_setup(ctx, inputs, output):
 def _masked_linear_backward(ctx, g):
     x, weight, bits, dense = ctx.saved_tensors
     need_x, need_weight, _, need_bias, _, need_scores = ctx.needs_input_grad[:6]
+    # needs_input_grad is what the forward saw: it does not know that `rmt.backward` takes this node's cotangent itself.
+    need_scores = need_scores and not getattr(ctx, "rmt_taken", False)
     dx = _ops.masked_linear_dx(g, weight, bits, dense) if need_x else None
     rows = (_rows(x), _rows(g)) if need_weight or need_scores else None
     d_weight = d_scores = None
