@@ -1,18 +1,35 @@
-"""R-AMT's own op sequence for one layer (wuw2019/R-AMT at 07f8d2c, transcribed): the baseline "as published"."""
+"""R-AMT's own op sequence as published (wuw2019/R-AMT at 07f8d2c, transcribed), of a layer and of a whole step."""
+
+import copy
+import re
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 THRESHOLD, L2, EPS = 5e-3, 1e-4, 1e-8
+# What R-AMT masks (MASK_MLP False): the patch convolution, and every block's in- and out-projection.
+MASKED = re.compile(r"visual\.(conv1\.|transformer\.resblocks\.\d+\.attn\.(in_proj_|out_proj\.))weight")
+
+
+class Binarizer(torch.autograd.Function):
+    """1 where a score is above the threshold, else 0; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx, scores: Tensor) -> Tensor:
+        mask = scores.clone()
+        mask[scores.le(THRESHOLD)] = 0
+        mask[scores.gt(THRESHOLD)] = 1
+        return mask
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def effective_weight(weight: Tensor, scores: Tensor) -> Tensor:
     """Binarizer, then the product with the frozen weight: clone, le, fill, gt, fill, mul."""
-    mask = scores.clone()
-    mask[scores.le(THRESHOLD)] = 0
-    mask[scores.gt(THRESHOLD)] = 1
-    return mask * weight
+    return Binarizer.apply(scores) * weight
 
 
 def forward(x: Tensor, weight: Tensor, scores: Tensor, bias: Tensor) -> Tensor:
@@ -55,3 +72,66 @@ def epilogue_and_update(grad_task, grad_general, weight, scores, exp_avg, exp_av
     """Everything weight-sized after the two products."""
     a, b = chain_rule(grad_task, grad_general, weight, scores)
     adam(scores, gradient_dropout(a, b, strength), exp_avg, exp_avg_sq, 1, 0.0)
+
+
+def masked_names(clip: nn.Module) -> list[str]:
+    """State-dict names of the weights that R-AMT masks."""
+    return [name for name, _ in clip.named_parameters() if MASKED.fullmatch(name)]
+
+
+class Tuner:
+    """R-AMT's training step of an open_clip model: two image towers, two backward passes, torch's Adam.
+
+    As in the published code the teacher's tower is not frozen: the backward of the general loss goes through it and
+    adds to gradients that nothing reads.
+
+    Args:
+        clip: the teacher, left as it is but for those gradients. text: (C, D) normalised text features.
+        scores: state-dict name of a masked weight -> its first scores, in the weight's shape; trained in place.
+        lr: of Adam. strength: of the dropout.
+        teacher_graph: False spares the teacher's backward, which changes no other number.
+    """
+
+    def __init__(
+        self, clip: nn.Module, text: Tensor, scores: dict[str, Tensor], lr: float, strength: float,
+        teacher_graph: bool = True,
+    ) -> None:  # fmt: skip
+        self.clip, self.text, self.strength, self.teacher_graph = (
+            clip.requires_grad_(True),
+            text,
+            strength,
+            teacher_graph,
+        )
+        self.student = copy.deepcopy(clip.visual).requires_grad_(False)
+        self.scores = {name: value.requires_grad_() for name, value in scores.items()}
+        self.optimizer = torch.optim.Adam(self.scores.values(), lr=lr)
+
+    def logits(self, features: Tensor) -> Tensor:
+        features = features / features.norm(dim=-1, keepdim=True)
+        return self.clip.logit_scale.exp() * features @ self.text.t()
+
+    def losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy with the L2 term (norms, not squared), and the cross entropy to the teacher's softmax."""
+        teacher = self.logits(self.clip.visual(image))
+        teacher = teacher if self.teacher_graph else teacher.detach()
+        names = {name: name.removeprefix("visual.") for name in self.scores}
+        weights = {
+            short: effective_weight(self.student.get_parameter(short), self.scores[name])
+            for name, short in names.items()
+        }
+        logits = self.logits(torch.func.functional_call(self.student, weights, (image,)))
+        norms = sum(torch.norm(m, 2) for m in self.scores.values())
+        general = torch.mean(torch.sum(-teacher.softmax(1) * logits.log_softmax(1), 1))
+        return F.cross_entropy(logits, label) + L2 * norms, general
+
+    def step(self, image: Tensor, label: Tensor, uniforms: list[Tensor] | None = None) -> None:
+        """One step. uniforms: the draws of each mask, in place of torch.rand."""
+        task, general = self.losses(image, label)
+        self.optimizer.zero_grad()
+        general.backward(retain_graph=True)
+        kept = [m.grad.clone() for m in self.scores.values()]
+        self.optimizer.zero_grad()
+        task.backward()
+        for i, (m, b) in enumerate(zip(self.scores.values(), kept)):
+            m.grad = gradient_dropout(m.grad, b, self.strength, None if uniforms is None else uniforms[i])
+        self.optimizer.step()
