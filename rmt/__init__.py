@@ -2,9 +2,12 @@
 
 from .attention import FusedMaskedMultiheadAttention
 from .backward import backward
+from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .masked import Mask, MaskedModule, disabled, masks
+from .model import MaskModel, get_mask_model
 from .modules import FusedMaskedConv2d, FusedMaskedLinear
 from .optim import MaskAdam
+from .select import Selection, clip_loss, select
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,8 +16,18 @@ __all__ = [
     "FusedMaskedMultiheadAttention",
     "Mask",
     "MaskAdam",
+    "MaskConfig",
+    "MaskModel",
     "MaskedModule",
+    "RunConfig",
+    "SelectConfig",
+    "Selection",
+    "TrainConfig",
+    "UserError",
     "backward",
+    "clip_loss",
     "disabled",
+    "get_mask_model",
     "masks",
+    "select",
 ]
