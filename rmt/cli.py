@@ -1,127 +1,150 @@
-"""The `rmt` command: parse, call, print."""
+"""The `rmt` command: finds the command, parses its options, calls it, and says what went wrong in one line.
 
-import argparse
-import sys
-import warnings
-from collections.abc import Sequence
-
-from torch import OutOfMemoryError
-
-from rmt_kernels import BackendUnavailable
-
-from . import __version__
-from .config import TARGETS, MaskConfig, RunConfig, TrainConfig, UserError, parse_targets
-
-EPILOG = """\
-rmt train --model local-dir:weights/my_clip --data folders/pets --template "a photo of a {}." --shots 16 --out runs/pets
-rmt eval runs/pets
+What the commands take and do is in `rmt.commands`. jsonargparse makes the options of a run from the config dataclasses;
+two short cuts are written out before it parses: the part of a name before its dot may be left out (`--lr` for
+`--train.lr`), and lists may be given bare (`--shots 1 4 16`, `--targets attention,mlp`).
 """
 
+import dataclasses
+import difflib
+import json
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
 
-def _shots(text: str) -> int | None:
-    return None if text == "all" else int(text)
+from . import __version__
+from .config import MaskConfig, SelectConfig, TrainConfig, UserError
+
+SHORT = {
+    field.name: f"{part}.{field.name}"
+    for part, kind in {"mask": MaskConfig, "select": SelectConfig, "train": TrainConfig}.items()
+    for field in dataclasses.fields(kind)
+}
+LISTS = ("shots", "seeds", "mask.targets", "mask.towers", "mask.modules")
+INTERRUPTED = 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rmt", description="Regularized mask tuning of CLIP.", epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def expand(argv: Sequence[str]) -> list[str]:
+    """The short cuts written out: `--image-size 8` as `--image_size 8`, `--lr 1` as `--train.lr 1`, lists as JSON."""
+    done, rest = [], list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--"):
+            done.append(token)
+            continue
+        name, equals, value = token[2:].partition("=")
+        name = name.replace("-", "_")
+        name = SHORT.get(name, name)
+        if name not in LISTS:
+            done.append(f"--{name}{equals}{value}")
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("-"):
+            values.append(rest.pop(0))
+        done += [f"--{name}", *_as_list(name, values)]
+    return done
+
+
+def _as_list(name: str, tokens: list[str]) -> list[str]:
+    if not tokens or (len(tokens) == 1 and (tokens[0] == "null" or tokens[0].startswith("["))):
+        return tokens
+    values = [value for token in tokens for value in token.split(",") if value]
+    if name == "shots" and len(values) == 1:
+        return values
+    return ["[" + ",".join(v if re.fullmatch(r"-?\d+", v) else json.dumps(v) for v in values) + "]"]
+
+
+def reason(error: ArgumentError, known: Sequence[str]) -> str:
+    """jsonargparse's message in one line: the option, what was expected, what came. known: all options."""
+    text = str(error)
+    key = re.match(r'Parser key "(.+?)":', text)
+    came = re.search(r"(?:Given value|Got value): (.*)\Z", text, re.S)
+    if key and came:
+        kinds = re.findall(r"Expected an? (.+?)(?:\. Got value|\n|\Z)", text)
+        expected = " or ".join(dict.fromkeys(filter(None, map(_kind, kinds)))) or "another value"
+        return f"--{key[1]} must be {expected}, got {came[1].strip()!r}"
+    if missing := re.search(r"arguments are required: (.*)", text):
+        names = [f"--{name}" if f"--{name}" in known else name.upper() for name in missing[1].split(", ")]
+        return f"{', '.join(names)} must be given (--help says how)"
+    if odd := re.match(r"unrecognized arguments: --([^\s=]+)", text):
+        near = difflib.get_close_matches(odd[1], [k.removeprefix("--") for k in known], 1, 0.7)
+        return " ".join(text.split()) + (f": did you mean --{near[0]}?" if near else "")
+    return " ".join(text.split())
+
+
+def _kind(text: str) -> str:
+    """`<class 'float'>` -> a number; `typing.Literal['a', 'b']` -> a or b; None's class -> nothing, for brevity."""
+    if literal := re.search(r"Literal\[(.*?)\]", text):
+        return " or ".join(part.strip(" '") for part in literal[1].split(","))
+    name = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return {"NoneType": "", "str": "a text", "int": "an integer", "float": "a number", "bool": "true or false"}.get(
+        name, name
+    )
+
+
+def _usage() -> str:
+    from .commands import COMMANDS
+
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: rmt COMMAND [OPTIONS]", "", "Regularized mask tuning of CLIP.", "", *lines, "",
+         "rmt COMMAND --help describes a command's options; rmt --version prints the version."]
     )  # fmt: skip
-    parser.add_argument("--version", action="version", version=f"rmt {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_train(commands)
-    evaluate = commands.add_parser("eval", help="measure a finished run again, from its files")
-    evaluate.add_argument("run", metavar="RUN", help="folder that rmt train wrote")
-    evaluate.add_argument("--data", help="folder with the same classes (default: the run's own)")
-    evaluate.add_argument("--device", help="auto, cpu, cuda, cuda:1, ... (default: the run's own)")
-    evaluate.add_argument("--per-class", action="store_true", help="print each class's accuracy as well")
-    commands.add_parser("doctor", help="versions, backends and a self-test; --json for a machine", add_help=False)
-    return parser
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    mask, train, run = MaskConfig(), TrainConfig(), RunConfig(model="local-dir:", data="")
-    add = commands.add_parser("train", help="tune masks on a folder of images").add_argument
-    add("--model", required=True, help="local-dir:PATH, hf-hub:ID or an open_clip name (with --pretrained)")
-    add("--pretrained", help="open_clip's tag of the weights, or a file")
-    add("--data", required=True, help="FOLDER/{train,val,test}/{class}/*.jpg, or FOLDER/{class}/*.jpg")
-    add("--out", required=True, help="run folder, made new")
-    add("--template", default=run.template, help=f"text with {{}} for the class name (default: {run.template!r})")
-    add("--shots", type=_shots, default=run.shots, help=f"training images a class, or all (default: {run.shots})")
-    add("--seed", type=int, default=train.seed, help=f"of sample, order, crops and dropout (default: {train.seed})")
-    add("--image-size", type=int, help="side in pixels (default: the model's own)")
-    add("--targets", default=",".join(mask.targets),
-        help=f"some of {','.join(TARGETS)}, or ramt, rmmt, rpmt (default: %(default)s)")  # fmt: skip
-    add("--init", type=float, default=mask.init, help="first score (default: %(default)s)")
-    add("--threshold", type=float, default=mask.threshold, help="a weight is on above it (default: %(default)s)")
-    add("--lr", type=float, default=train.lr, help="Adam's first step size (default: %(default)s)")
-    add("--epochs", type=int, default=train.epochs, help="(default: %(default)s)")
-    add("--steps", type=int, help="stop after so many, in place of --epochs")
-    add("--batch", type=int, default=train.batch, help="images a step (default: %(default)s)")
-    add("--strength", type=float, default=train.strength,
-        help="of gradient dropout, the paper's lambda: 1 zeroes, 0 is none (default: %(default)s)")  # fmt: skip
-    add("--l2", type=float, default=train.l2, help="coefficient of the scores' norms (default: %(default)s)")
-    add("--temperature", type=float, default=train.temperature, help="of the general loss (default: %(default)s)")
-    add("--log-every", type=int, default=train.log_every, help="steps between two lines (default: %(default)s)")
-    add("--device", default=run.device, help="auto, cpu, cuda, cuda:1, ... (default: %(default)s)")
+def _call(argv: list[str]) -> int:
+    """Parses and runs. Raises UserError, and all that `rmt.failures` names."""
+    from .commands import COMMANDS
 
-
-def _run_config(args: argparse.Namespace) -> RunConfig:
-    mask = MaskConfig(parse_targets(args.targets), args.init, args.threshold)
-    train = TrainConfig(
-        lr=args.lr, epochs=args.epochs, steps=args.steps, batch=args.batch, strength=args.strength, l2=args.l2,
-        temperature=args.temperature, seed=args.seed, log_every=args.log_every,
-    )  # fmt: skip
-    return RunConfig(
-        model=args.model, data=args.data, template=args.template, pretrained=args.pretrained, shots=args.shots,
-        image_size=args.image_size, device=args.device, mask=mask, train=train,
-    )  # fmt: skip
-
-
-def _train(args: argparse.Namespace) -> None:
-    from .train import run
-
-    run(_run_config(args), args.out)
-
-
-def _eval(args: argparse.Namespace) -> None:
-    import dataclasses
-
-    from .evaluate import load_run, read_run
-    from .masking import percent_off
-
-    config, task = read_run(args.run)
-    changed = {name: value for name in ("data", "device") if (value := getattr(args, name)) is not None}
-    setup = load_run(dataclasses.replace(config, **changed), task)
-    measured = setup.test()
-    print(f"tuned      {measured}")
-    print(f"off        {percent_off(setup.masks):.2f} %")
-    if args.per_class:
-        for name, value in zip(setup.split.classnames, measured.per_class):
-            print(f"  {'no images' if value is None else f'{value:.2f} %':>10}  {name}")
+    words = 2 if argv[0] in ("data", "convert") else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
+    if name not in COMMANDS:
+        near = [known for known in COMMANDS if known.startswith(f"{argv[0]} ")]
+        near = near or difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        hint = f": did you mean {' or '.join(near)}?" if near else f", one of {', '.join(COMMANDS)} is expected"
+        raise UserError(f"there is no command {name!r}{hint}")
+    command = COMMANDS[name]
+    parser = command.parser(name)
+    try:
+        args = parser.parse_args(expand(rest) if command.run else rest)
+    except ArgumentError as error:
+        known = [*parser._option_string_actions, *(SHORT if command.run else ())]
+        raise UserError(f"rmt {name}: {reason(error, known)}") from error
+    return command.call(args) or 0
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"rmt: warning: {message}", file=sys.stderr)
+    print(f"rmt: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit status: 0, or 2 with one line on stderr for a mistake of the user's."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["doctor"]:
-        from .doctor import main as doctor
+    """Runs one command. Returns the exit status.
 
-        return doctor(argv[1:])
-    args = _parser().parse_args(argv)
+    0; 1 where a check found something; 2 with one line on stderr for a mistake of the user's or of the machine; 130
+    where the user stopped it. Finished work stays, and a run that was stopped goes on when it is started again.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["--version"]:
+        print(f"rmt {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    from .failures import FAILURES
+
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            {"train": _train, "eval": _eval}[args.command](args)
-        # OSError: a full disk, a folder without permission, a file that went away.
-        except (UserError, OSError, BackendUnavailable, OutOfMemoryError) as error:
+            return _call(argv)
+        except FAILURES as error:
             print(f"rmt: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-    return 0
+        except KeyboardInterrupt:
+            print("rmt: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+            return INTERRUPTED
 
 
 if __name__ == "__main__":

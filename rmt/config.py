@@ -83,7 +83,8 @@ class SelectConfig:
     """Importance identification before tuning: see `rmt.select`.
 
     Args:
-        criterion: one of CRITERIA; None selects nothing: every candidate weight gets a score.
+        criterion: magnitude, lamp, snip, taylor, fisher, spt, multiflow or influence; None selects nothing: every
+            candidate weight gets a score.
         budget: share of the candidate weights (or modules) that is selected.
         scope: what the budget holds for: all candidates together, each layer, or each modality (tower).
         unit: weight, for compact scores of single weights, or module, for whole modules.
@@ -160,13 +161,14 @@ class RunConfig:
     """A whole run: model and data by name, then the parts above. What `config.yaml` in a run folder holds.
 
     Args:
-        model: `local-dir:PATH`, `hf-hub:ID` or an open_clip name, the last with a `pretrained` tag or file.
+        model: `local-dir:PATH`, `hf-hub:ID` or an open_clip name, the last with pretrained.
+        pretrained: open_clip's tag of the weights, or a file.
         data: an ImageFolder, a CSV or a split JSON; or, instead, root and dataset.
         root: folder of data sets in CoOp's layout. dataset: the key of one of them (`rmt data list`).
         template: text with one {} for the class name; None: the data set's own, else "a photo of a {}.".
         shots: training images a class, or all. seed: of sample, order, augmentation and dropout.
         classes: all of them, or CoOp's base or new half.
-        image_size: side in pixels; None: the model's own.
+        image_size: side in pixels; None: the model's own. device: auto, cpu, cuda, cuda:1, ...
         preset: ramt, amt, rmmt or rpmt: targets and strength where those are None.
     """
 

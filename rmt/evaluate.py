@@ -17,7 +17,6 @@ from . import clip
 from .checkpoint import MASK_FILE, Task, load_task
 from .config import RunConfig, UserError, build, from_yaml, resolve
 from .data import Cache, Split, eval_batches, few_shot, read, subset
-from .data import indices_sha256 as indices_sha256
 from .masked import Mask
 from .measures import Accuracy, accuracy
 from .model import MaskModel, get_mask_model

@@ -1,0 +1,142 @@
+"""The list of `rmt` commands: what each takes and calls. Heavy modules are imported by the command that needs them."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from . import run_commands as runs
+from . import task_commands as tasks
+from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+SHORT_CUTS = """
+The part of a name before its dot may be left out (--lr for --train.lr), dashes may stand for underscores, and lists may
+be given bare (--shots 1 4 16, --targets attention,mlp). A run folder's config.yaml is a --config that runs it again.
+"""
+# What the dataclasses' docstrings leave to the command line.
+
+
+class Command(NamedTuple):
+    """One command. run: its options are those of a RunConfig, with `rmt.cli.expand`'s short cuts."""
+
+    summary: str
+    options: Callable[["ArgumentParser"], None]
+    call: Callable[["Namespace"], int | None]
+    run: bool = False
+
+    def parser(self, name: str) -> "ArgumentParser":
+        """It raises argparse.ArgumentError on what it does not accept."""
+        from jsonargparse import ArgumentParser
+
+        text = self.summary + (SHORT_CUTS if self.run else "")
+        parser = ArgumentParser(prog=f"rmt {name}", description=text, exit_on_error=False, allow_abbrev=False)
+        if self.run:
+            parser.add_argument("--config", action="config", help="YAML file; options after it change its values")
+            parser.add_class_arguments(RunConfig, skip={"shots"})
+            shots = int | Literal["all"] | list[int | Literal["all"]]
+            parser.add_argument("--shots", type=shots, default=16)
+            _add_helps(parser)
+        self.options(parser)
+        return parser
+
+
+def _add_helps(parser: "ArgumentParser") -> None:
+    """From the dataclasses' docstrings, where several fields may share a line: `lr: step size. epochs: passes.`"""
+    for part, kind in {"": RunConfig, "mask.": MaskConfig, "select.": SelectConfig, "train.": TrainConfig}.items():
+        names = [field.name for field in dataclasses.fields(kind)]
+        text = " ".join(kind.__doc__.partition("Args:")[2].split())
+        pieces = re.split(rf"(?:^|(?<=\. ))({'|'.join(names)}): ", text)
+        helps = {part + name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2])}
+        for action in parser._actions:
+            action.help = helps.get(action.dest, action.help)
+
+
+def _data_list(args: "Namespace") -> None:
+    from .data import listing
+
+    rows = listing()
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        sizes = [row[part] for part in ("train", "val", "test")]
+        counts = " / ".join("?" if size is None else f"{size:,}" for size in sizes)
+        print(f"{row['dataset']:16} {row['classes']:5,} classes, {counts} images, {row['template']!r}")
+        print(f"{'':16} {row['folder']}: {row['images']}{', ' + row['files'] if row['files'] else ''}")
+
+
+def _data_check_options(parser: "ArgumentParser") -> None:
+    parser.add_argument("--root", type=str, required=True, help="folder of data sets in CoOp's layout")
+    parser.add_argument("--dataset", type=str, nargs="+", help="keys of data sets: see rmt data list (default: all)")
+
+
+def _data_check(args: "Namespace") -> int:
+    """Returns 1 where a data set has a problem."""
+    from .data import DATASETS, check
+
+    wrong = 0
+    for key in args.dataset or DATASETS:
+        report = check(args.root, key)
+        wrong += bool(report.problems)
+        print(f"{key:16} {'problem' if report.problems else 'ok':8} {'; '.join([*report.problems, *report.notes])}")
+    return int(wrong > 0)
+
+
+def _report_options(parser: "ArgumentParser") -> None:
+    parser.add_argument("run", type=str, metavar="RUN", help="folder that rmt train wrote")
+    parser.add_argument("--out", type=str, help="HTML file to write (default: RUN/report.html)")
+
+
+def _report(args: "Namespace") -> None:
+    from .report import report_run
+
+    out = args.out or f"{args.run}/report.html"
+    print(f"report     {report_run(args.run, out, f'rmt report {args.run} --out {out}')}")
+
+
+def _demo_options(parser: "ArgumentParser") -> None:
+    parser.add_argument("--out", type=str, default="rmt_demo", help="folder to make")
+    parser.add_argument("--seed", type=int, default=1, help="of the model, and the first of the runs'")
+    parser.add_argument("--quick", action="store_true", help="test the path in seconds; its numbers say nothing")
+
+
+def _demo(args: "Namespace") -> None:
+    from .demo import demo
+
+    demo(args.out, args.seed, args.quick)
+
+
+def _doctor(args: "Namespace") -> int:
+    from .doctor import main
+
+    return main(["--json"] if args.json else [])
+
+
+def _json_option(parser: "ArgumentParser") -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+COMMANDS = {
+    "train": Command("Tune masks on a few images a class.", runs.train_options, runs.train, run=True),
+    "eval": Command("Measure a finished run, or a task that was shared.", runs.eval_options, runs.evaluate),
+    "b2n": Command("Base to new: tune on half of the classes, test on both.", runs.b2n_options, runs.b2n, run=True),
+    "xd": Command("Measure a run's masks on other data sets.", runs.xd_options, runs.xd),
+    "select": Command("Show which weights a criterion would select.", runs.no_options, runs.select, run=True),
+    "data list": Command("The data sets that rmt knows, and where it expects them.", _json_option, _data_list),
+    "data check": Command("What is missing from a folder of data sets.", _data_check_options, _data_check),
+    "inspect": Command("What is in a task, layer by layer.", tasks.inspect_options, tasks.inspect),
+    "diff": Command("What two tasks have in common, layer by layer.", tasks.diff_options, tasks.diff),
+    "merge": Command("Write a task and its model as a plain open_clip model.", tasks.merge_options, tasks.merge),
+    "convert from-official": Command("Make a run folder of a checkpoint of the official R-AMT code.",
+                                     runs.from_official_options, runs.from_official, run=True),
+    "convert to-official": Command("Write a task as a checkpoint of the official R-AMT code.",
+                                   tasks.to_official_options, tasks.to_official),
+    "demo": Command("The main job from nothing, with no network: a small CLIP, then handwritten digits.",
+                    _demo_options, _demo),
+    "report": Command("Write one HTML page about a finished run.", _report_options, _report),
+    "doctor": Command("Versions, backends and a self-test.", _json_option, _doctor),
+}  # fmt: skip
