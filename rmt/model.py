@@ -115,5 +115,9 @@ class MaskModel(nn.Module):
             yield
 
     def merge_and_unload(self) -> nn.Module:
-        """The plain model again, in place, with the masks merged in: exact, equal outputs bit for bit."""
+        """The plain model again, in place, with the masks merged in: exact, off weights are 0 and no other has changed.
+
+        Outputs are equal bit for bit where torch runs the same kernels; its fused inference path, which a plain
+        nn.MultiheadAttention takes (`torch.backends.mha`), rounds differently.
+        """
         return remove_masks(self.model)
