@@ -54,18 +54,49 @@ def backward(
     if not uses and not opaque:
         raise ValueError(f"the task loss does not depend on any of the {len(found)} masked weights given")
     edges = [GradientEdge(node, 0) for nodes in uses.values() for node in nodes]
-    inputs = edges + [found[i].scores for i in opaque]
-    grads = []
+    rng = torch.stack([torch.as_tensor(v, dtype=torch.int64, device=found[0].scores.device) for v in (seed, step)])
+    options = {"l2": l2, "rng": rng, "strength": strength}
+    keep, pairs, left = retain_graph or bool(edges), [], []
     with _taken(uses):
-        for n, (output, cotangent) in enumerate(losses):
-            keep = retain_graph or n + 1 < len(losses)
-            grads.append(torch.autograd.grad(output, inputs, cotangent, keep or bool(edges), allow_unused=True))
+        for n, loss in enumerate(losses):
+            waiting = left[0] if left and pending is None else {}
+            with _dropped_on_arrival(found, waiting, options):
+                cotangents, rest = _grads(loss, edges, found, opaque, keep or n + 1 < len(losses))
+            pairs.append(cotangents)
+            left.append(rest)
     with torch.no_grad():
         if pending is not None:
-            grads = _added(pending, opaque, grads)
-            pending[:] = [(opaque, grads)] if more else []
+            left = _added(pending, left)
+            pending[:] = [left] if more else []
         if not more:
-            _set_grads(found, uses, opaque, grads, strength, seed, step, l2)
+            _set_fused(found, uses, list(zip(*pairs)), options)
+            _set_left(found, opaque, left, options)
+
+
+def _grads(loss: tuple, edges: list, found: list[Mask], opaque: list[int], keep: bool) -> tuple[tuple, dict]:
+    """Cotangents at `edges`, and {mask: gradient of its scores}, None where the loss does not reach them."""
+    output, cotangent = loss
+    inputs = edges + [found[i].scores for i in opaque]
+    got = torch.autograd.grad(output, inputs, cotangent, keep, allow_unused=True)
+    return got[: len(edges)], dict(zip(opaque, got[len(edges) :]))
+
+
+@contextlib.contextmanager
+def _dropped_on_arrival(found: list[Mask], waiting: dict[int, Tensor | None], options: dict) -> Iterator[None]:
+    """Inside, a general gradient that reaches scores is dropped out with the task gradient that waits for it.
+
+    Done after the pass, both gradients of every mask would live until then. What is dropped out waits no longer.
+    """
+
+    def hook(i: int):
+        return lambda b: _dropped(found[i], i, waiting.pop(i), b, options)
+
+    handles = [found[i].scores.register_hook(hook(i)) for i, a in waiting.items() if a is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -81,14 +112,17 @@ def _taken(uses: dict[int, list]) -> Iterator[None]:
             node.rmt_taken = False
 
 
-def _added(pending: list, opaque: list[int], grads: list[tuple]) -> list[tuple]:
+def _added(pending: list, left: list[dict]) -> list[dict]:
     """This part's gradients and those of the parts before it, task and general apart."""
     if not pending:
-        return grads
-    before, sums = pending[0]
-    if before != opaque or len(sums) != len(grads):
+        return left
+    if [part.keys() for part in pending[0]] != [part.keys() for part in left]:
         raise ValueError("all parts of a batch must reach the same masks, by the same losses")
-    return [tuple(a if b is None else b if a is None else a + b for a, b in zip(*pair)) for pair in zip(sums, grads)]
+    return [{i: _sum(a[i], b[i]) for i in a} for a, b in zip(pending[0], left)]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _pair(loss: Loss) -> tuple[Tensor, Tensor | None]:
@@ -135,26 +169,35 @@ def _uses(output: Tensor, index: dict[int, int]) -> tuple[dict[int, list], set[i
     return uses, opaque
 
 
-def _set_grads(found, uses, opaque, grads, strength, seed, step, l2) -> None:
-    device = found[0].scores.device
-    rng = torch.stack([torch.as_tensor(v, dtype=torch.int64, device=device) for v in (seed, step)])
-    cotangents = list(zip(*grads))  # one tuple (task, general) for each input, in the order of `inputs`
+def _set_fused(found: list[Mask], uses: dict[int, list], pairs: list[tuple], options: dict) -> None:
     taken = 0
     for i, nodes in uses.items():
-        mine = cotangents[taken : taken + len(nodes)]
+        mine = pairs[taken : taken + len(nodes)]
         taken += len(nodes)
-        found[i].scores.grad = _fused(found[i], nodes, mine, _penalty(found[i], l2), rng, strength, i)
-    for i, (a, b) in zip(opaque, _padded(cotangents[taken:])):
-        mask = found[i]
-        a = torch.zeros_like(mask.scores) if a is None else a
-        # A general loss that does not reach these scores is a gradient of 0, not the absence of dropout.
-        b = torch.zeros_like(mask.scores) if b is None and len(grads) == 2 else b
-        # Compact scores (S,) go as one row: their draws are keyed by the place among the selected.
-        a, b, scores = (t if t is None or t.dim() == 2 else t.view(1, -1) for t in (a, b, mask.scores))
-        grad = rmt_kernels.gradient_dropout(
-            a, b, None, scores, penalty=_penalty(mask, l2), rng=rng, strength=strength, stream=i
-        )
-        mask.scores.grad = grad.view_as(mask.scores)
+        found[i].scores.grad = _fused(found[i], i, nodes, mine, **options)
+
+
+def _set_left(found: list[Mask], opaque: list[int], left: list[dict], options: dict) -> None:
+    """left: {mask: task gradient}, then, with a general loss, {mask: its gradient, or dropped out already}."""
+    for i in opaque:
+        if i in left[0]:
+            scores = found[i].scores
+            a, *b = (torch.zeros_like(scores) if part[i] is None else part[i] for part in left)
+            # A general loss that does not reach these scores is a gradient of 0, not the absence of dropout.
+            scores.grad = _dropped(found[i], i, a, b[0] if b else None, options)
+        else:
+            found[i].scores.grad = left[1][i]
+
+
+def _dropped(mask: Mask, stream: int, a: Tensor, b: Tensor | None, options: dict) -> Tensor:
+    """Gradient of one mask's scores from its task and general score gradients.
+
+    Compact scores (S,) go as one row: their draws are keyed by the place among the selected.
+    """
+    a, b, scores = (t if t is None or t.dim() == 2 else t.view(1, -1) for t in (a, b, mask.scores.detach()))
+    options = options | {"penalty": _penalty(mask, options["l2"]), "stream": stream}
+    del options["l2"]
+    return rmt_kernels.gradient_dropout(a, b, None, scores, **options).view_as(mask.scores)
 
 
 def _penalty(mask: Mask, l2: float) -> Tensor | None:
@@ -166,9 +209,9 @@ def _padded(pairs: list[tuple]) -> list[tuple]:
     return [(*pair, None)[:2] for pair in pairs]
 
 
-def _fused(mask: Mask, nodes: list, cotangents: list[tuple], penalty, rng, strength: float, stream: int) -> Tensor:
+def _fused(mask: Mask, stream: int, nodes: list, cotangents: list[tuple], rng, strength: float, l2: float) -> Tensor:
     """Gradient of one mask's scores from the cotangents at its products."""
-    options = {"penalty": penalty, "rng": rng, "strength": strength, "stream": stream}
+    options = {"penalty": _penalty(mask, l2), "rng": rng, "strength": strength, "stream": stream}
     pairs = _padded(cotangents)
     has_general = len(cotangents[0]) == 2
     if all(node.rmt_op == "masked_linear" for node in nodes):
