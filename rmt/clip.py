@@ -204,12 +204,14 @@ def _encode(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def logits(model: nn.Module, image: Tensor, text: Tensor) -> Tensor:
-    """(B, 3, H, W) images, (C, D) text features -> (B, C) fp32: exp(logit_scale) * cosine.
+    """(B, 3, H, W) images, (C, D) text features -> (B, C) fp32, under autocast too: exp(logit_scale) * cosine.
 
     A `logit_bias` (SigLIP) is left out: it is one number for all classes, which changes no softmax and no ranking.
     """
     image_features = F.normalize(model.encode_image(image).float(), dim=-1)
-    return model.logit_scale.exp() * image_features @ text.T
+    # A product in 16 bits would be off by a tenth at CLIP's scale of 100.
+    with torch.autocast(image_features.device.type, enabled=False):
+        return model.logit_scale.exp() * image_features @ text.float().T
 
 
 @torch.no_grad()

@@ -208,11 +208,12 @@ def resolve(config: RunConfig) -> RunConfig:
     """`config` with every None of mask and train filled in from its preset and the official recipe.
 
     lr 8e-5 and 30 epochs, ImageNet 3e-5 and 10. strength: the official README's text has 0.3 at 16 shots for all data
-    sets but ImageNet, SUN397 and Food101, and 1 in all other experiments (its example says the reverse). Source:
-    wuw2019/R-AMT at 07f8d2c.
+    sets but ImageNet, SUN397 and Food101, and 1 in all other experiments (its example says the reverse); its base-to-new
+    script has 1. Source: wuw2019/R-AMT at 07f8d2c.
     """
     preset, imagenet = PRESETS[config.preset], config.dataset == "imagenet"
-    recipe = 0.3 if config.shots == 16 and config.dataset not in ("imagenet", "sun397", "food101") else 1.0
+    large = config.dataset in ("imagenet", "sun397", "food101")
+    recipe = 0.3 if config.shots == 16 and config.classes == "all" and not large else 1.0
     train, mask = config.train, config.mask
     filled = {
         "lr": (3e-5 if imagenet else 8e-5) if train.lr is None else train.lr,

@@ -25,6 +25,7 @@ TRITON = ["tests/kernels/triton_interpret_cases.py", "tests/kernels/triton_inter
 MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
 BACKWARD = ["tests/rmt/test_backward.py"]
 OPTIM = ["tests/rmt/test_optim.py"]
+TRAIN = ["tests/rmt/test_train.py"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
@@ -95,12 +96,36 @@ MUTATIONS = [
     ("masks stay off after an exception", "rmt/masked.py",
      "            module.masked = masked\n", "            module.masked = module.masked\n", MODULES),
     ("second use of a layer dropped", "rmt/backward.py", "uses[mask].append(node)", "uses[mask][:] = [node]", BACKWARD),
-    ("one stream for all layers", "rmt/backward.py", "rng, strength, i)", "rng, strength, 0)", BACKWARD),
+    ("one stream for all layers", "rmt/backward.py", "_fused(found[i], i,", "_fused(found[i], 0,", BACKWARD),
+    ("one stream for scores left to autograd", "rmt/backward.py",
+     "_dropped(found[i], i, waiting", "_dropped(found[i], 0, waiting", BACKWARD),
     ("L2 norm squared", "rmt/backward.py",
      "l2 / mask.scores.norm().clamp_min(torch.finfo(torch.float32).tiny)", "torch.tensor(2 * l2)", BACKWARD),
     ("step never counted", "rmt/optim.py", 'group["step"] + 1', '1', OPTIM),
     ("masked weight left old", "rmt/optim.py",
      "dense=[m.dense for m in live]", "dense=[m.dense.clone() for m in live]", OPTIM),
+    ("the teacher keeps its masks", "rmt/clip.py",
+     "    with disabled(model):\n        return logits", "    if True:\n        return logits", TRAIN),
+    ("losses of parts weighted alike", "rmt/train.py", "share = len(x) / len(image)", "share = 1 / len(parts)", TRAIN),
+    ("the general loss without its temperature", "rmt/train.py", ".mean() * t * t", ".mean()", TRAIN),
+    ("moments not resumed", "rmt/resume.py", 'optimizer.load_state_dict(state["optimizer"])', "pass", TRAIN),
+    ("reach without bias correction", "rmt/schedule.py", " / (1 - beta1**t)", "", ["tests/rmt/test_schedule.py"]),
+    ("unselected weights off", "rmt/compact.py",
+     "chosen.logical_not()", "torch.zeros_like(chosen)", ["tests/rmt/test_compact.py"]),
+    ("SNIP takes absolute values first", "rmt/criteria.py",
+     "            total += g\n", "            total += g.abs()\n", ["tests/rmt/test_select.py", "-k", "snip"]),
+    ("crops the same in every epoch", "rmt/data/batches.py",
+     'f"image {self.seed} {epoch} {index}"', 'f"image {self.seed} {index}"', ["tests/rmt/test_data_batches.py"]),
+    ("base half rounded down", "rmt/data/items.py",
+     "half = (total + 1) // 2", "half = total // 2", ["tests/rmt/test_data.py"]),
+    ("the sample drawn from the base half", "rmt/evaluate.py",
+     "    split = read(config)\n",
+     "    split = subset(read(config), config.classes)\n    config = dataclasses.replace(config, classes='all')\n",
+     ["tests/rmt/test_evaluate.py", "tests/rmt/test_protocols.py"]),
+    ("another base model accepted", "rmt/checkpoint.py",
+     "if not allow_base_mismatch and", "if allow_base_mismatch and", ["tests/rmt/test_checkpoint.py"]),
+    ("strength of base to new as of all classes", "rmt/config.py",
+     ' and config.classes == "all"', "", ["tests/rmt/test_config.py"]),
 ]  # fmt: skip
 
 

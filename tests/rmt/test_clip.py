@@ -222,3 +222,13 @@ def test_text_of_a_masked_tower_follows_the_masks_and_the_teacher_does_not(loade
 def test_open_clip_is_imported_only_when_a_model_is_loaded():
     code = "import rmt.cli, rmt.train, sys; assert 'open_clip' not in sys.modules and 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_logits_are_fp32_under_autocast():
+    model, image = tiny.model(), torch.randn(3, 3, 32, 32)
+    text = F.normalize(torch.randn(5, 32), dim=-1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = F.normalize(model.encode_image(image).float(), dim=-1)
+        got = clip.logits(model, image, text)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, model.logit_scale.exp().detach() * features @ text.T)

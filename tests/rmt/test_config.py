@@ -1,6 +1,6 @@
 import pytest
 
-from rmt.config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError, from_yaml, to_yaml
+from rmt.config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError, from_yaml, resolve, to_yaml
 
 CONFIG = RunConfig(
     model="local-dir:x", data="/home/me/pets", template="a {}.", mask=MaskConfig(("conv", "mlp"), init=0.02),
@@ -49,3 +49,41 @@ def test_train_config_refuses_bad_values(name, value):
 def test_run_config_refuses_bad_seeds(value):
     with pytest.raises(UserError, match=f"seed must be .*, got {value!r}"):
         RunConfig(model="local-dir:x", data="y", seed=value)
+
+
+@pytest.mark.parametrize(
+    "change, lr, epochs, strength",
+    [
+        ({}, 8e-5, 30, 0.3),
+        ({"shots": 8}, 8e-5, 30, 1.0),
+        ({"shots": "all"}, 8e-5, 30, 1.0),
+        ({"classes": "base"}, 8e-5, 30, 1.0),
+        ({"dataset": "sun397"}, 8e-5, 30, 1.0),
+        ({"dataset": "food101"}, 8e-5, 30, 1.0),
+        ({"dataset": "imagenet"}, 3e-5, 10, 1.0),
+        ({"preset": "amt", "shots": 1}, 8e-5, 30, 0.0),
+        ({"train": TrainConfig(lr=1e-3, steps=7, strength=0.5), "preset": "amt"}, 1e-3, None, 0.5),
+    ],
+)
+def test_the_official_recipe_fills_what_is_left_open(change, lr, epochs, strength):
+    config = resolve(RunConfig(**{"model": "local-dir:m", "root": "r", "dataset": "dtd"} | change))
+    assert (config.train.lr, config.train.epochs, config.train.strength) == (lr, epochs, strength)
+    assert resolve(config) == config
+
+
+@pytest.mark.parametrize(
+    "preset, targets",
+    [
+        ("ramt", ("attention", "conv")),
+        ("amt", ("attention", "conv")),
+        ("rmmt", ("mlp",)),
+        ("rpmt", ("attention", "mlp", "conv")),
+    ],
+)
+def test_presets_name_their_targets(preset, targets):
+    config = RunConfig("local-dir:m", data="d", preset=preset)
+    assert resolve(config).mask.targets == targets
+    own = RunConfig("local-dir:m", data="d", preset=preset, mask=MaskConfig(targets=("conv",)))
+    assert resolve(own).mask.targets == ("conv",)
+    named = RunConfig("local-dir:m", data="d", preset=preset, mask=MaskConfig(modules=("a.*",)))
+    assert resolve(named).mask.targets is None

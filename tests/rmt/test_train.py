@@ -10,7 +10,7 @@ from rmt.config import MaskConfig, TrainConfig, UserError
 from rmt.masked import masks
 from rmt.masking import apply_masks, count_off, percent_off
 from rmt.resume import Resume
-from rmt.train import gradients, tune
+from rmt.train import gradients, losses, tune
 
 RATES = [4e-4] * 5
 RECIPE = TrainConfig(lr=4e-4, strength=1.0)
@@ -279,3 +279,14 @@ def test_a_masked_text_tower_trains_and_its_teacher_stays():
     assert all(not mask.key.startswith("visual") for mask in found) and count_off(found)[0] > 0
     assert torch.allclose(text.teacher(), before) and not torch.allclose(text.student(), before, atol=1e-3)
     assert rows[-1]["task"] < rows[0]["task"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_losses_have_the_closed_form_cotangents(temperature):
+    generator = torch.Generator().manual_seed(0)
+    teacher, z = (10 * torch.randn(6, 5, generator=generator) for _ in range(2))
+    label = torch.arange(6) % 5
+    z.requires_grad_(True)
+    got = [torch.autograd.grad(loss, z)[0] for loss in losses(z, teacher, label, temperature)]
+    for mine, want in zip(got, rk.logit_cotangents(z.detach(), teacher, label, temperature)):
+        assert torch.allclose(mine, want, atol=1e-6) and want.abs().max() > 0.1
