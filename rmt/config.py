@@ -118,6 +118,7 @@ class TrainConfig:
         strength: of gradient dropout, the paper's lambda: 1 zeroes what is dropped, 0 drops nothing (AMT).
         l2: coefficient of the sum of the scores' norms. temperature: of the general loss.
         schedule: auto adds epochs where a run is too short for masks to flip; paper keeps the recipe.
+        flip: mirror half of the training images, as the official code; not for digits, text or signs.
         precision: bf16 runs the towers under autocast; scores, moments and the sign test stay fp32.
         log_every: steps between two logged rows. save_every: seconds between two writings of the resume file.
     """
@@ -131,6 +132,7 @@ class TrainConfig:
     l2: float = 1e-4
     temperature: float = 1.0
     schedule: Literal["auto", "paper"] = "auto"
+    flip: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
     log_every: int = 10
     save_every: float = 60.0
@@ -150,6 +152,7 @@ class TrainConfig:
         _need(self, "save_every", "a number of at least 0", _finite(self.save_every) and self.save_every >= 0)
         if self.epochs is not None and self.steps is not None:
             raise UserError(f"epochs or steps must be given, not both, got {self.epochs} and {self.steps}")
+        _need(self, "flip", "true or false", isinstance(self.flip, bool))
         _need(self, "schedule", "auto or paper", self.schedule in ("auto", "paper"))
         _need(self, "precision", "fp32 or bf16", self.precision in ("fp32", "bf16"))
         if self.batch < self.accumulate:
@@ -208,8 +211,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """`config` with every None of mask and train filled in from its preset and the official recipe.
 
     lr 8e-5 and 30 epochs, ImageNet 3e-5 and 10. strength: the official README's text has 0.3 at 16 shots for all data
-    sets but ImageNet, SUN397 and Food101, and 1 in all other experiments (its example says the reverse); its base-to-new
-    script has 1. Source: wuw2019/R-AMT at 07f8d2c.
+    sets but ImageNet, SUN397 and Food101, and 1 in all other experiments (its example says the reverse); its script for
+    base to new has 1. Source: wuw2019/R-AMT at 07f8d2c.
     """
     preset, imagenet = PRESETS[config.preset], config.dataset == "imagenet"
     large = config.dataset in ("imagenet", "sun397", "food101")

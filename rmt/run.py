@@ -48,7 +48,7 @@ def run(config: RunConfig, out: str | Path) -> dict:
     split = sampled(config)
     setup = prepare(config, split, choose if config.select.criterion else None)
     asked, config = config, setup.config
-    batches = TrainBatches(split.train, *clip.image_format(setup.clip.model), config.train.batch, config.seed)
+    batches = _batches(setup.clip, split, config)
     made = plan(config.train, config.mask, batches.steps_per_epoch, stretch=asked.train.epochs is None)
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CONFIG_FILE, to_yaml(asked).encode())
@@ -62,10 +62,15 @@ def run(config: RunConfig, out: str | Path) -> dict:
     return result
 
 
+def _batches(loaded: clip.Clip, split: Split, config: RunConfig) -> TrainBatches:
+    form, train = clip.image_format(loaded.model), config.train
+    return TrainBatches(split.train, *form, train.batch, config.seed, flip=train.flip)
+
+
 def choose(loaded: clip.Clip, split: Split, text: Tensor, config: RunConfig) -> Selection:
     """The weights that `config.select` names, by the task loss on the first training batches; prints the report."""
     wanted = config.select
-    batches = TrainBatches(split.train, *clip.image_format(loaded.model), config.train.batch, config.seed)
+    batches = _batches(loaded, split, config)
     device = text.device
     selection = select(
         loaded.model, ([t.to(device) for t in batches(step)] for step in range(wanted.batches)),

@@ -55,19 +55,20 @@ class TrainBatches:
 
     Args:
         size: (height, width) in pixels. mean, std: of the model's images. threads: that decode a batch.
+        flip: mirror half of the images.
 
     Raises: UserError for an unreadable image, named: all are decoded once here, before any time is spent on training.
     """
 
     def __init__(
         self, items: Sequence[Item], size: tuple[int, int], mean: Sequence[float], std: Sequence[float],
-        batch: int, seed: int, threads: int = THREADS,
+        batch: int, seed: int, threads: int = THREADS, flip: bool = True,
     ) -> None:  # fmt: skip
         if not items:
             raise UserError("training needs at least one image, got none")
         self.items, self.size, self.batch, self.seed = list(items), tuple(size), min(batch, len(items)), seed
         self.mean, self.std = (torch.tensor(t, dtype=torch.float32)[:, None, None] for t in (mean, std))
-        self._cache, self._epoch = Cache(), (-1, [])
+        self._cache, self._epoch, self._flip = Cache(), (-1, []), FLIP if flip else 0.0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rmt-train")
         for _ in self._pool.map(self._check, self.items):
             pass
@@ -105,7 +106,7 @@ class TrainBatches:
         path, rng = self.items[index].path, random.Random(f"image {self.seed} {epoch} {index}")
         image = decode(self._cache.read(path), path)
         image = F.resized_crop(image, *crop_box(*image.size, rng), self.size, InterpolationMode.BICUBIC)
-        return np.asarray(F.hflip(image) if rng.random() < FLIP else image)
+        return np.asarray(F.hflip(image) if rng.random() < self._flip else image)
 
 
 def prefetch(

@@ -268,3 +268,13 @@ def test_a_cache_keeps_to_its_limit(tmp_path):
     assert cache.read(str(tmp_path / "a")) == b"a" * 600
     (tmp_path / "b").write_bytes(b"new")
     assert cache.read(str(tmp_path / "b")) == b"new"
+
+
+def test_without_flip_the_same_crops_are_not_mirrored(tmp_path):
+    items = read_folder(tiny.splits(tmp_path / "data")).train
+    both = [
+        TrainBatches(items, (20, 20), [0.5] * 3, [0.5] * 3, len(items), 1, flip=flip)(3)[0] for flip in (True, False)
+    ]
+    mirrored = [not torch.equal(a, b) for a, b in zip(*both)]
+    assert 0 < sum(mirrored) < len(items)
+    assert all(torch.equal(a.flip(-1), b) for a, b, other in zip(*both, mirrored) if other)
