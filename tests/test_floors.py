@@ -25,6 +25,8 @@ FLOORS = {
     "rmt.run": 6,
     "rmt.protocols": 7,
     "rmt.demo": 7,
+    "rmt.figures": 7,
+    "rmt.probe": 7,
     "rmt.report": 7,
     "rmt.commands": 7,
     "rmt.task_commands": 7,
