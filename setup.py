@@ -137,7 +137,7 @@ class NinjaBuild(build_ext):
         compile_to("cxx", CSRC / "bindings.cpp", "bindings", plain)
         compile_to("cxx", CSRC / "cpu" / "dispatch.cpp", "dispatch", plain)
         for isa in isas:
-            for source in ("elementwise", "masked_linear"):
+            for source in ("elementwise", "mask_update", "masked_linear"):
                 flags = [*plain, f"-DRMT_ISA={isa}", *ISA_FLAGS[isa]]
                 compile_to("cxx", CSRC / "cpu" / f"{source}.cpp", f"{source}_{isa}", flags)
         if cuda:

@@ -1,9 +1,15 @@
 // The extension module: raw pointers, sizes and stream handles in, results through memory. No torch, so that one build
 // serves every version of it. Callers (rmt_kernels/backends) have checked shapes, dtypes and contiguity.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "build_info.h"
 #include "cpu/kernels.h"
@@ -18,6 +24,49 @@ void bind_cuda(py::module_& m);
 template <typename T>
 static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+using Pointers = std::vector<uintptr_t>;
+
+static uintptr_t nth(const Pointers& pointers, size_t i) { return i < pointers.size() ? pointers[i] : 0; }
+
+// Lists are empty or have one entry for each layer, scales two; norms and counts may be null. Returns each layer's words
+// that hold a NaN score.
+static std::vector<int64_t> mask_update(
+    const Pointers& scores, const Pointers& bits, const Pointers& exp_avgs, const Pointers& exp_avg_sqs,
+    const Pointers& dense, const Pointers& grads, const Pointers& weights, const Pointers& generals,
+    const Pointers& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& columns,
+    const std::vector<bool>& chained, const std::vector<int64_t>& streams, int moments, int weight_dtype,
+    int dense_dtype, std::pair<float, float> factors, uintptr_t norms, uintptr_t counts, int64_t seed, int64_t step,
+    double l2, double strength, double beta1, double beta2, float eps, float threshold, int threads) {
+  std::vector<UpdateLayer> layers(scores.size());
+  std::vector<UpdateSums> sums(scores.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const bool chain = !chained.empty() && chained[i];
+    // As the reference has it: torch divides a number by a tensor through the reciprocal.
+    const float penalty = l2 ? 1.0f / std::max(at<float>(norms)[i], FLT_MIN) * static_cast<float>(l2) : 0.0f;
+    const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(streams[i])};
+    layers[i] = {
+        {at<float>(grads[i]), at<float>(nth(generals, i)), at<void>(chain ? weights[i] : 0),
+         static_cast<DType>(weight_dtype), l2 ? at<float>(scores[i]) : nullptr, penalty,
+         static_cast<float>(1 - strength), draw},
+        at<float>(scores[i]), at<uint32_t>(bits[i]), at<void>(exp_avgs[i]), at<void>(exp_avg_sqs[i]),
+        {at<uint8_t>(nth(scales, 2 * i)), at<uint8_t>(nth(scales, 2 * i + 1))}, at<void>(nth(dense, i)),
+        at<void>(nth(weights, i)), rows[i], columns[i]};
+  }
+  kernels().mask_update(
+      {layers.data(), static_cast<int64_t>(layers.size()), static_cast<Moments>(moments),
+       static_cast<DType>(weight_dtype), static_cast<DType>(dense_dtype), factors.first, factors.second,
+       static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), eps, threshold,
+       norms != 0, sums.data()},
+      threads);
+  std::vector<int64_t> nans;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    if (norms) at<float>(norms)[i] = static_cast<float>(std::sqrt(sums[i].squares));
+    if (counts) at<int64_t>(counts)[2 * i] = sums[i].flipped, at<int64_t>(counts)[2 * i + 1] = sums[i].on;
+    nans.push_back(sums[i].nans);
+  }
+  return nans;
 }
 
 static void bind_cpu(py::module_& m) {
@@ -39,24 +88,15 @@ static void bind_cpu(py::module_& m) {
         }, nogil);
   m.def("cpu_gradient_dropout",
         [](uintptr_t grad_task, uintptr_t grad_general, uintptr_t weight, int weight_dtype, uintptr_t scores,
-           float penalty, float strength, int64_t seed, int64_t step, int64_t stream, uintptr_t grad, int64_t numel,
+           float penalty, float rest, int64_t seed, int64_t step, int64_t stream, uintptr_t grad, int64_t numel,
            int threads) {
           const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(stream)};
           kernels().gradient_dropout(
               {at<float>(grad_task), at<float>(grad_general), at<void>(weight), static_cast<DType>(weight_dtype),
-               at<float>(scores), penalty, strength, draw, at<float>(grad), numel},
-              threads);
+               at<float>(scores), penalty, rest, draw},
+              at<float>(grad), numel, threads);
         }, nogil);
-  m.def("cpu_mask_update",
-        [](uintptr_t scores, uintptr_t bits, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t dense,
-           uintptr_t weight, int itemsize, uintptr_t grad, int64_t n, int64_t k, float step_size, float denom_scale,
-           double beta1, double beta2, float eps, float threshold, int threads) {
-          return kernels().mask_update(
-              {at<float>(scores), at<uint32_t>(bits), at<float>(exp_avg), at<float>(exp_avg_sq), at<void>(dense),
-               at<void>(weight), itemsize, at<float>(grad), n, k, step_size, denom_scale,
-               static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), eps, threshold},
-              threads);
-        }, nogil);
+  m.def("cpu_mask_update", &mask_update, nogil);
   m.def("cpu_masked_linear",
         [](uintptr_t x, uintptr_t weight, uintptr_t bits, uintptr_t bias, uintptr_t offsets, uintptr_t y, int dtype,
            int64_t tasks, int64_t n, int64_t k, int64_t x_stride, int threads) {

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .reference import MOMENT_BLOCK
+
+# What mask_update_ keeps Adam's moments in.
+MOMENTS = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 def words(in_features: int) -> int:
@@ -89,6 +93,66 @@ def need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
         if rng is None:
             raise ValueError("gradient dropout needs rng, an int64 tensor [seed, step]: see rmt_kernels.rng_state")
         need_like("rng", rng, (2,), device, (torch.int64,))
+
+
+def need_update(
+    scores, bits, exp_avgs, exp_avg_sqs, grads, generals, weights, chained, dense, scales, norms, counts, l2, rng,
+    streams,
+) -> None:  # fmt: skip
+    """Lists, dtypes and layouts of `mask_update_`."""
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists = {"bits": bits, **moments, "grads": grads}
+    optional = {"generals": generals, "weights": weights, "chained": chained, "dense": dense, "streams": streams}
+    lists |= {name: values for name, values in optional.items() if values}
+    lists |= {"weights": weights} if dense or any(chained) else {}
+    for name, values in lists.items():
+        if len(values) != len(scores):
+            raise ValueError(f"{name} must have one tensor for each of {len(scores)} scores, got {len(values)}")
+    for i, s in enumerate(scores):
+        need_matrix(f"scores[{i}]", s)
+        need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
+        need_bits(s, bits[i])
+        for name, values in lists.items():
+            if name in ("bits", "chained", "streams"):
+                continue
+            elif name in moments:
+                dtypes = (exp_avgs[0].dtype,) if exp_avgs[0].dtype in MOMENTS else MOMENTS
+            elif name == "dense":
+                dtypes = (torch.float32, torch.bfloat16)
+                dtypes = dtypes if weights[i].dtype == torch.float32 else (weights[i].dtype,)
+            else:
+                dtypes = () if name == "weights" else (torch.float32,)
+            need_like(f"{name}[{i}]", values[i], s.shape, s.device, dtypes)
+            if not values[i].is_contiguous() or not s.is_contiguous():
+                raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
+    if scores:
+        _need_extras(scores, exp_avgs[0].dtype, generals, scales, norms, counts, l2, rng, streams)
+
+
+def _need_extras(scores, stored, generals, scales, norms, counts, l2, rng, streams) -> None:
+    device = scores[0].device
+    want = 2 * len(scores) if stored == torch.uint8 else 0
+    if len(scales) != want:
+        raise ValueError(f"scales must have {want} tensors for {len(scores)} {stored} moments, got {len(scales)}")
+    for i, scale in enumerate(scales):
+        blocks = -(-scores[i // 2].numel() // MOMENT_BLOCK)
+        need_like(f"scales[{i}]", scale, (blocks,), device, (torch.uint8,))
+    if norms is not None:
+        need_like("norms", norms, (len(scores),), device, (torch.float32,))
+    elif l2:
+        raise ValueError(f"l2 needs norms, the norms of the scores, got l2 {l2!r} and none")
+    if counts is not None:
+        need_like("counts", counts, (len(scores), 2), device, (torch.int64,))
+    for name, value in {"norms": norms, "counts": counts, **{f"scales[{i}]": t for i, t in enumerate(scales)}}.items():
+        if value is not None and not value.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {value.stride()}")
+    if generals or stored != torch.float32:
+        if rng is None:
+            why = "gradient dropout" if generals else f"rounding moments to {stored}"
+            raise ValueError(f"{why} needs rng, an int64 tensor [seed, step]: see rmt_kernels.rng_state")
+        need_like("rng", rng, (2,), device, (torch.int64,))
+    if any(not isinstance(v, int) or not 0 <= v < 2**31 for v in streams):
+        raise ValueError(f"streams must be integers from 0 to 2**31 - 1, got {streams!r}")
 
 
 def need_no_nan(op: str, name: str, scores: Tensor) -> None:

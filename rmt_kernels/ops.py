@@ -27,7 +27,8 @@ _SCHEMAS = {
     "Tensor? rng, float strength, int stream) -> Tensor",
     "mask_update_": "(Tensor(a!)[] scores, Tensor(b!)[] bits, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
     "Tensor(e!)[] dense, Tensor[] grads, Tensor[] weights, Tensor factors, float beta1, float beta2, float eps, "
-    "float threshold) -> ()",
+    "float threshold, Tensor[] generals, bool[] chained, Tensor(f!)[] scales, Tensor(g!)? norms, Tensor(h!)? counts, "
+    "Tensor? rng, float l2, float strength, int[] streams) -> ()",
 }
 
 
@@ -336,49 +337,58 @@ def gradient_dropout(
 
 def mask_update_(
     scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
-    factors: Tensor, *, dense: list[Tensor] = (), weights: list[Tensor] = (), beta1: float = 0.9,
+    factors: Tensor, *, generals: list[Tensor] = (), weights: list[Tensor] = (), chained: list[bool] = (),
+    dense: list[Tensor] = (), scales: list[Tensor] = (), norms: Tensor | None = None, counts: Tensor | None = None,
+    l2: float = 0.0, rng: Tensor | None = None, strength: float = 1.0, streams: list[int] = (), beta1: float = 0.9,
     beta2: float = 0.999, eps: float = 1e-8, threshold: float = 5e-3,
 ) -> None:  # fmt: skip
-    """Adam, threshold and repacking for every layer at once, in place.
+    """All weight-sized work of a training step, for every layer at once, in place.
+
+    Gradient dropout with the L2 term (formulas: `gradient_dropout`), Adam, threshold, repacking, the masked weight.
+    Compact scores come as (1, S), with words of their own.
 
     Args:
-        scores, exp_avgs, exp_avg_sqs, grads: (N, K) fp32, contiguous, one each per layer.
+        scores, grads: (N, K) fp32, contiguous as all matrices here, one each per layer.
+        exp_avgs, exp_avg_sqs: (N, K), all fp32, all bf16 or all uint8. The last two are rounded stochastically;
+            formats: `reference.load_moment`.
         bits: (N, ceil(K / 32)) int32.
         factors: (2,) fp32 from `reference.adam_factors`.
-        dense, weights: both empty, or (N, K) per layer. dense must hold the masked weight of the old bits: only words
-            that change are rewritten.
+        generals: empty, or (N, K) fp32 per layer: the general loss's gradients. Without them nothing is dropped out.
+        weights: empty, or (N, K) per layer.
+        chained: empty (all False), or for each layer whether its gradients are those of the weight, g.T @ x, to be
+            multiplied by `weights` here.
+        dense: empty, or (N, K) per layer of the weight's dtype, or bf16 beside fp32. Must hold the masked weight of the
+            old bits: only words that change are rewritten.
+        scales: for uint8 moments 2 L uint8 tensors (ceil(N * K / 256),): of the first layer's exp_avg, its exp_avg_sq,
+            and so on. Zeros with zeroed moments are a fresh state.
+        norms: (L,) fp32, norms of the scores, read for the L2 term and overwritten with those of the new scores.
+        counts: (L, 2) int64, written: bits that flipped, bits that are on.
+        l2: coefficient of the per-tensor L2 norm (not squared) in the task's loss. Needs norms.
+        rng: (2,) int64 [seed, step], for the dropout and for rounding moments.
+        strength: in [0, 1], R-AMT's lambda.
+        streams: random stream of each layer, below 2**31; empty: 0, 1, 2 and on.
 
     Raises: ValueError, TypeError before anything is written; ValueError afterwards where scores became NaN (on CUDA
         only with RMT_SYNC_ERRORS=1: the check waits for the device).
     """
-    lists = {"bits": bits, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads}
-    lists |= {"dense": dense, "weights": weights} if dense or weights else {}
-    for name, values in lists.items():
-        if len(values) != len(scores):
-            raise ValueError(f"{name} must have one tensor for each of {len(scores)} scores, got {len(values)}")
     if not 0 <= beta1 < 1 or not 0 <= beta2 < 1:
         raise ValueError(f"beta1 and beta2 must be in [0, 1), got {beta1!r} and {beta2!r}")
-    for i, s in enumerate(scores):
-        checks.need_matrix(f"scores[{i}]", s)
-        checks.need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
-        checks.need_bits(s, bits[i])
-        for name, values in lists.items():
-            if name == "weights":
-                checks.need_like(f"weights[{i}]", values[i], s.shape, s.device)
-            elif name != "bits":
-                dtype = weights[i].dtype if name == "dense" else torch.float32
-                checks.need_like(f"{name}[{i}]", values[i], s.shape, s.device, (dtype,))
-            if not values[i].is_contiguous() or not s.is_contiguous():
-                raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
+    l2, strength = checks.need_finite("l2", l2), checks.need_strength(strength)
+    checks.need_update(
+        scores, bits, exp_avgs, exp_avg_sqs, grads, generals, weights, chained, dense, scales, norms, counts, l2, rng,
+        streams,
+    )  # fmt: skip
     if scores:
         checks.need_like("factors", factors, (2,), scores[0].device, (torch.float32,))
         _ops.mask_update_(
             list(scores), list(bits), list(exp_avgs), list(exp_avg_sqs), list(dense), list(grads), list(weights),
             factors, beta1, beta2, checks.need_finite("eps", eps), checks.need_finite("threshold", threshold),
+            list(generals), list(chained), list(scales), norms, counts, rng, l2, strength, list(streams),
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return
         # A list that an op writes leaves its tensors' version counters alone; autograd and the layers go by them.
-        torch.autograd.graph.increment_version([*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense])
+        per_call = [t for t in (norms, counts) if t is not None]
+        torch.autograd.graph.increment_version([*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense, *scales, *per_call])
         for i, s in enumerate(scores):
             checks.need_no_nan("mask_update_", f"scores[{i}]", s)

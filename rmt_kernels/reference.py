@@ -12,7 +12,7 @@ read: no tiling, no tricks.
     b        = (g_general.T @ x) * weight                                    mask_grad
     P        = (1 + sign(a) * (a + b) / (|a| + |b| + eps)) / 2               keep_probability
     grad     = a where P > U, else (1 - strength) * a                        gradient_dropout
-    scores  -= Adam(grad);  bits = packed(scores > threshold)                mask_update_
+    scores  -= Adam(grad);  bits = packed(scores > threshold)                mask_update_, all of it from a and b on
 
 Shapes, everywhere in this package: B images, M = B * tokens rows, K in_features, N out_features, C classes, T tasks.
     z, teacher (B, C)   x (M, K)   weight, scores (N, K)   bits (N, ceil(K / 32)) int32   g, g_task, g_general (M, N)
@@ -29,6 +29,10 @@ from torch import Tensor
 # towards P = 1/2 by it, which is why gradients must never be loss-scaled here.
 GDR_EPS = 1e-8
 LOW32 = 0xFFFFFFFF
+# Added to a layer's stream for the draw that rounds its moments: the lower 16 bits exp_avg's, the upper exp_avg_sq's.
+ROUNDING_STREAM = 2**31
+# Flat elements that share an exponent where moments are stored in 8 bits.
+MOMENT_BLOCK = 256
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -138,22 +142,96 @@ def adam_factors(step: Tensor, lr: float | Tensor, beta1: float, beta2: float) -
 def mask_update_(
     scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
-    threshold: float,
+    threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
+    norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
+    strength: float = 1.0, streams: list[int] = (),
 ) -> None:  # fmt: skip
-    """One Adam step for every layer, then bits and, where `dense` is not empty, the masked weight. Writes in place."""
-    for i, (s, m, v, g) in enumerate(zip(scores, exp_avgs, exp_avg_sqs, grads)):
+    """One Adam step for every layer from `gradient_dropout`'s gradient, then all that follows from the new scores.
+
+    Writes scores and moments, bits, the masked weight where `dense` is not empty, norms (L,) of the new scores and
+    counts (L, 2): bits flipped, bits on. A gradient goes through `weights` where `chained` says so. l2 / norms[i], of
+    the scores before, is the L2 term's penalty. Moments: fp32, or stored by `store_moment`, scales then being exp_avg's
+    and exp_avg_sq's for each layer in turn.
+    """
+    for i, s in enumerate(scores):
+        stream, weight = streams[i] if streams else i, weights[i] if chained and chained[i] else None
+        # The subgradient at 0 is 0, as torch.norm's: the clamp keeps 0 / 0 out.
+        penalty = l2 / norms[i].clamp_min(torch.finfo(torch.float32).tiny) if l2 else None
+        g = gradient_dropout(grads[i], generals[i] if generals else None, weight, s, penalty, rng, strength, stream)
+        stored, exponents = (exp_avgs[i], exp_avg_sqs[i]), scales[2 * i : 2 * i + 2] or (None, None)
+        m, v = (load_moment(x, e, signed) for x, e, signed in zip(stored, exponents, (True, False)))
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         s.sub_(m * factors[0] / (v.sqrt() * factors[1] + eps))
+        if stored[0].dtype in (torch.bfloat16, torch.uint8):
+            random = philox_words(rng, stream + ROUNDING_STREAM, s.shape)
+            store_moment(m, random & 0xFFFF, stored[0], exponents[0], True)
+            store_moment(v, random >> 16, stored[1], exponents[1], False)
+        before = unpack_bits(bits[i], s.shape[1])
         bits[i].copy_(pack_scores(s, threshold))
         if dense:
             dense[i].copy_(masked_weight(weights[i], bits[i]))
+        if norms is not None:
+            norms[i] = s.double().norm()
+        if counts is not None:
+            now = unpack_bits(bits[i], s.shape[1])
+            counts[i] = torch.stack([(before != now).sum(), now.sum()])
+
+
+def load_moment(stored: Tensor, exponents: Tensor | None, signed: bool) -> Tensor:
+    """A moment of Adam in fp32: `stored` itself where it is fp32 (or fp64), its value where it is bf16 or uint8.
+
+    uint8: minifloats of 3 mantissa bits, 4 exponent bits and a sign (signed: exp_avg) or 5 exponent bits (exp_avg_sq),
+    relative to `exponents` (ceil(numel / 256),) uint8, a biased fp32 exponent E for each 256 flat elements. Magnitude c
+    is the fp32 pattern (E - 15 or 31 << 23) + (c << 20); c = 0 is 0; E = 255 is NaN, whatever c.
+    """
+    if stored.dtype != torch.uint8:
+        return stored.float() if stored.dtype == torch.bfloat16 else stored
+    codes, e = stored.flatten().int(), exponents.int().repeat_interleave(MOMENT_BLOCK)[: stored.numel()]
+    c = codes & 127 if signed else codes
+    x = torch.where(c == 0, 0.0, ((e - (15 if signed else 31) << 23) + (c << 20)).view(torch.float32))
+    x = torch.where(e == 255, torch.nan, torch.where(codes > 127, -x, x) if signed else x)
+    return x.view(stored.shape)
+
+
+def store_moment(x: Tensor, random: Tensor, stored: Tensor, exponents: Tensor | None, signed: bool) -> None:
+    """Writes fp32 `x` (N, K) into `stored`, bf16 or uint8 with its `exponents`, as `load_moment` reads them.
+
+    Rounded stochastically, to x on average: nearest rounding would undo every change of less than half a step, and
+    exp_avg_sq changes by a thousandth. random: 16 bits each. Added below the kept bits of the pattern, they carry in
+    proportion to what is cut off. uint8: E is that of the block's largest element, and one more where rounding it up
+    would carry. An exp_avg below the smallest magnitude becomes that or 0; an exp_avg_sq is raised to it, unless it is
+    0: it is a denominator, and 0 for it would make a step of exp_avg / eps.
+    """
+    pattern = x.flatten().view(torch.int32)
+    random = random.flatten().int()
+    if stored.dtype == torch.bfloat16:
+        pattern = pattern + torch.where(x.flatten().isfinite(), random, 0) >> 16
+        return stored.copy_(pattern.to(torch.int16).view(torch.bfloat16).view(x.shape))
+    size, magnitude = x.flatten().abs(), pattern & 0x7FFFFFFF
+    blocks = F.pad(magnitude, (0, -x.numel() % MOMENT_BLOCK)).view(-1, MOMENT_BLOCK)
+    span = 15 if signed else 31
+    # From span + 1 on every code is a normal number.
+    e = (blocks.amax(1).long() + 0xFFFFF >> 23).clamp(span + 1, 255).int()
+    exponents.copy_(e)
+    base = (e - span << 23).repeat_interleave(MOMENT_BLOCK)[: x.numel()]
+    smallest = (base + (1 << 20)).view(torch.float32)
+    small = (random + 0.5) * (smallest * 2.0**-16) < size if signed else size > 0
+    # 16 bits at the top of the 20 cut off, and half of the last of them: the chance is rounded, not cut.
+    c = (magnitude - base + (random << 4) + 8 >> 20).clamp(max=127 if signed else 255)
+    c = torch.where(magnitude - base < 1 << 20, small.int(), c)
+    stored.copy_((torch.where(x.flatten() < 0, c + 128, c) if signed else c).view(x.shape))
 
 
 def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniforms in [0, 1), fp32, a function of (seed, step, stream, flat index) alone: Philox-4x32-10.
+    """Uniforms in [0, 1), fp32, a function of (seed, step, stream, flat index) alone: the upper 24 of 32 bits."""
+    return (philox_words(rng, stream, shape) >> 8).float() * 2.0**-24
 
-    Key (seed low, seed high + stream), counter (index // 4 as 64 bits, step as 64 bits), word index % 4, upper 24 bits.
+
+def philox_words(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+    """32 random bits each, int64: Philox-4x32-10.
+
+    Key (seed low, seed high + stream), counter (index // 4 as 64 bits, step as 64 bits), word index % 4.
     """
     numel = torch.Size(shape).numel()
     group = torch.arange(-(-numel // 4), device=rng.device)
@@ -164,8 +242,7 @@ def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         (h0, l0), (h2, l2) = _mul32(c0, 0xD2511F53), _mul32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = h2 ^ c1 ^ k0, l2, h0 ^ c3 ^ k1, l0
         k0, k1 = k0 + 0x9E3779B9 & LOW32, k1 + 0xBB67AE85 & LOW32
-    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1).flatten()[:numel]
-    return ((words >> 8).float() * 2.0**-24).reshape(shape)
+    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1).flatten()[:numel].reshape(shape)
 
 
 def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

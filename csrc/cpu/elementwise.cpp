@@ -1,10 +1,10 @@
-// Bits, masked weight, gradient dropout and the update: everything that reads weight-sized tensors once.
+// Bits, masked weight and gradient dropout.
 // Compiled once per instruction set.
 #include "elementwise.h"
 
 #include <atomic>
-#include <cmath>
 
+#include "gradient.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -62,20 +62,6 @@ void unpack_bits(const uint32_t* bits, int64_t n, int64_t k, uint8_t* mask, int 
   });
 }
 
-template <typename T>
-static void select_word(uint32_t word, const void* weight, void* out, int64_t first, int64_t count) {
-  const T* in = static_cast<const T*>(weight) + first;
-  T* to = static_cast<T*>(out) + first;
-  if (count == 32) return select32(word, in, to);
-  for (int64_t j = 0; j < count; ++j) to[j] = word >> j & 1 ? in[j] : T{0};
-}
-
-static void select_any(int itemsize, uint32_t word, const void* weight, void* out, int64_t first, int64_t count) {
-  if (itemsize == 4) return select_word<uint32_t>(word, weight, out, first, count);
-  if (itemsize == 2) return select_word<uint16_t>(word, weight, out, first, count);
-  select_word<uint64_t>(word, weight, out, first, count);
-}
-
 void masked_weight(
     const void* weight, const uint32_t* bits, int64_t n, int64_t k, int itemsize, void* out, int threads) {
   for_words(n, k, threads, [&](int64_t word, int64_t first, int64_t count) {
@@ -83,101 +69,23 @@ void masked_weight(
   });
 }
 
-// grad[j] for j < count <= 32, whose flat index starts at a multiple of 32.
-template <bool kDropout, typename W>
-static void dropout_block(
-    const GradientDropout& p, const W* weight, const float* u, int64_t first, int64_t count) {
-  const float* task = p.grad_task + first;
-  const float* general = kDropout ? p.grad_general + first : task;
-  const float leak = 1.0f - p.strength;
-  float* grad = p.grad + first;
-  for (int64_t j = 0; j < count; ++j) {
-    const float w = weight ? to_float(weight[first + j]) : 1.0f;
-    float a = task[j] * w;
-    if (p.scores) a += p.penalty * p.scores[first + j];
-    if (kDropout) {
-      const float b = general[j] * w;
-      // At a = 0 the sign does not matter: both outcomes are 0.
-      const float agreement = (a < 0 ? -(a + b) : a + b) / (std::fabs(a) + std::fabs(b) + 1e-8f);
-      const float probability = (1.0f + agreement) * 0.5f;
-      a = probability > u[j] ? a : leak * a;
-    }
-    grad[j] = a;
-  }
-}
-
-template <bool kDropout, typename W>
-static void dropout_all(const GradientDropout& p, int threads) {
-  const W* weight = static_cast<const W*>(p.weight);
-  parallel(p.numel, 1024, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) float u[32];
-    for (int64_t first = begin; first < end; first += 32) {
-      if (kDropout) uniform32(p.draw, static_cast<uint64_t>(first) / 4, u);
-      // A constant count lets the compiler unroll the block into whole vectors.
-      if (end - first >= 32)
-        dropout_block<kDropout>(p, weight, u, first, 32);
-      else
-        dropout_block<kDropout>(p, weight, u, first, end - first);
+void gradient_dropout(const Gradient& p, float* grad, int64_t numel, int threads) {
+  parallel(numel, 4 * kTile, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) float tile[kTile];
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t count = std::min<int64_t>(kTile, end - first);
+      gradient_tile(p, first, count, tile);
+      std::memcpy(grad + first, tile, count * sizeof(float));
     }
   });
-}
-
-void gradient_dropout(const GradientDropout& p, int threads) {
-  const bool bf16 = p.weight && p.weight_dtype == DType::bf16;
-  if (p.grad_general)
-    bf16 ? dropout_all<true, uint16_t>(p, threads) : dropout_all<true, float>(p, threads);
-  else
-    bf16 ? dropout_all<false, uint16_t>(p, threads) : dropout_all<false, float>(p, threads);
-}
-
-static inline void adam_block(const MaskUpdate& p, int64_t first, int64_t count) {
-  float* __restrict s = p.scores + first;
-  float* __restrict m = p.exp_avg + first;
-  float* __restrict v = p.exp_avg_sq + first;
-  const float* __restrict g = p.grad + first;
-  // Copies, so that the compiler need not reload them after every store.
-  const float rest1 = p.rest1, beta2 = p.beta2, rest2 = p.rest2;
-  const float step_size = p.step_size, denom_scale = p.denom_scale, eps = p.eps;
-  for (int64_t j = 0; j < count; ++j) {
-    const float gj = g[j];
-    const float mj = m[j] + rest1 * (gj - m[j]);
-    const float vj = v[j] * beta2 + rest2 * gj * gj;
-    m[j] = mj;
-    v[j] = vj;
-    s[j] -= mj * step_size / (std::sqrt(vj) * denom_scale + eps);
-  }
-}
-
-int64_t mask_update(const MaskUpdate& p, int threads) {
-  std::atomic<int64_t> nans{0};
-  for_words(p.n, p.k, threads, [&](int64_t word, int64_t first, int64_t count) {
-    uint32_t now;
-    bool nan;
-    if (count == 32) {
-      adam_block(p, first, 32);
-      now = compare32(p.scores + first, p.threshold);
-      nan = any_nan32(p.scores + first);
-    } else {
-      adam_block(p, first, count);
-      float tail[32] = {};
-      std::memcpy(tail, p.scores + first, count * sizeof(float));
-      now = compare32(tail, p.threshold) & tail_mask(count);
-      nan = any_nan32(tail);
-    }
-    if (nan) nans.fetch_add(1, std::memory_order_relaxed);
-    // Flips are rare: the masked weight costs traffic only where a word has changed.
-    if (p.dense && now != p.bits[word]) select_any(p.itemsize, now, p.weight, p.dense, first, count);
-    p.bits[word] = now;
-  });
-  return nans;
 }
 
 void uniform(const Draw& draw, float* out, int64_t numel, int threads) {
   parallel(numel, 32, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) float u[32];
+    alignas(64) uint32_t words[32];
     for (int64_t first = begin; first < end; first += 32) {
-      uniform32(draw, static_cast<uint64_t>(first) / 4, u);
-      std::memcpy(out + first, u, std::min<int64_t>(32, end - first) * sizeof(float));
+      philox32(draw, static_cast<uint64_t>(first) / 4, words);
+      for (int64_t j = 0; j < std::min<int64_t>(32, end - first); ++j) out[first + j] = to_uniform(words[j]);
     }
   });
 }

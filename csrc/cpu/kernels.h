@@ -1,8 +1,8 @@
 // CPU kernels of regularized mask tuning. Formulas and shapes: rmt_kernels/reference.py.
 //
 // Every kernel is compiled once per instruction set (a namespace each, picked at run time by `kernels()`), takes raw
-// pointers to contiguous rows unless a stride is given, and splits its work by rows or by elements, never by a
-// reduction: results do not depend on the number of threads.
+// pointers to contiguous rows unless a stride is given, and splits its work by rows or by elements. What is summed over
+// a layer is summed over fixed blocks, and these in order: results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -18,32 +18,49 @@ struct Draw {
   uint32_t stream;
 };
 
-struct GradientDropout {
-  const float* grad_task;     // [numel]
-  const float* grad_general;  // [numel] or null: no dropout
-  const void* weight;         // [numel] of weight_dtype, or null: the gradients are the scores' own
+// What gradient_dropout makes of two gradients, flat: reference.gradient_dropout.
+struct Gradient {
+  const float* task;     // [numel]
+  const float* general;  // [numel] or null: no dropout
+  const void* weight;    // [numel] of weight_dtype, or null: the gradients are the scores' own
   DType weight_dtype;
-  const float* scores;  // [numel] or null
-  float penalty;        // factor of the L2 term, 0 without one
-  float strength;       // lambda
+  const float* scores;  // [numel], or null: no L2 term
+  float penalty;        // factor of the L2 term
+  float rest;           // 1 - lambda, what remains of a dropped element
   Draw draw;
-  float* grad;  // [numel], out
-  int64_t numel;
+};
+
+// How Adam's moments are stored: reference.load_moment.
+enum class Moments : int { f32 = 0, bf16 = 1, u8 = 2 };
+
+struct UpdateLayer {
+  Gradient gradient;    // its task, general and weight are [N, K]
+  float* scores;        // [N, K]
+  uint32_t* bits;       // [N, ceil(K / 32)]
+  void* exp_avg;        // [N, K] of MaskUpdate::moments, as exp_avg_sq
+  void* exp_avg_sq;
+  uint8_t* exponents[2];  // [ceil(N K / 256)] each, of exp_avg and exp_avg_sq, or null
+  void* dense;            // [N, K], or null; rewritten only where a word changes
+  const void* weight;     // [N, K], read with dense
+  int64_t n, k;
+};
+
+// What comes of a layer's scores.
+struct UpdateSums {
+  double squares;             // of the new scores
+  int64_t flipped, on, nans;  // bits that changed, bits that are on, words that hold a NaN score
 };
 
 struct MaskUpdate {
-  float* scores;      // [N, K]
-  uint32_t* bits;     // [N, ceil(K / 32)]
-  float* exp_avg;     // [N, K]
-  float* exp_avg_sq;  // [N, K]
-  void* dense;        // [N, K] of 2 or 4 bytes an element, or null; rewritten only where a word changes
-  const void* weight;  // [N, K], dense's type
-  int itemsize;
-  const float* grad;  // [N, K]
-  int64_t n, k;
-  float step_size, denom_scale;  // reference.adam_factors
+  const UpdateLayer* layers;  // [count]
+  int64_t count;
+  Moments moments;
+  DType weight_dtype, dense_dtype;  // equal, or f32 and bf16
+  float step_size, denom_scale;     // reference.adam_factors
   float rest1, beta2, rest2;  // 1 - beta1, beta2, 1 - beta2: subtracted in double, 1 - 0.999f is off by 5e-5
   float eps, threshold;
+  bool squares;      // whether the sums of squares are wanted
+  UpdateSums* sums;  // [count], out
 };
 
 struct MaskedLinear {
@@ -57,7 +74,7 @@ struct MaskedLinear {
   int64_t tasks, n, k, x_stride;
 };
 
-// pack_scores and mask_update return how many words held a NaN score.
+// pack_scores returns how many words held a NaN score.
 struct Kernels {
   const char* isa;
   bool has_bf16;  // masked_linear in bf16
@@ -65,8 +82,8 @@ struct Kernels {
   void (*pack_bits)(const uint8_t* mask, int64_t n, int64_t k, uint32_t* bits, int threads);
   void (*unpack_bits)(const uint32_t* bits, int64_t n, int64_t k, uint8_t* mask, int threads);
   void (*masked_weight)(const void* weight, const uint32_t* bits, int64_t n, int64_t k, int itemsize, void* out, int threads);
-  void (*gradient_dropout)(const GradientDropout& p, int threads);
-  int64_t (*mask_update)(const MaskUpdate& p, int threads);
+  void (*gradient_dropout)(const Gradient& p, float* grad, int64_t numel, int threads);
+  void (*mask_update)(const MaskUpdate& p, int threads);
   void (*masked_linear)(const MaskedLinear& p, int threads);
   void (*uniform)(const Draw& draw, float* out, int64_t numel, int threads);
 };

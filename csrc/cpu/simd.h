@@ -88,8 +88,8 @@ inline void select32(uint32_t word, const T* in, T* out) {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 
-// u[j] = uniform of flat index 4 * group + j, j < 32: eight Philox-4x32-10 blocks.
-inline void uniform32(const Draw& draw, uint64_t group, float* u) {
+// words[j] = the 32 random bits of flat index 4 * group + j, j < 32: eight Philox-4x32-10 blocks.
+inline void philox32(const Draw& draw, uint64_t group, uint32_t* words) {
   uint32_t k0 = static_cast<uint32_t>(draw.seed), k1 = static_cast<uint32_t>(draw.seed >> 32) + draw.stream;
 #if defined(RMT_AVX512)
   // One block per 64-bit lane. Only the low halves count: mul_epu32 ignores the rest, so nothing is ever masked off.
@@ -106,11 +106,8 @@ inline void uniform32(const Draw& draw, uint64_t group, float* u) {
   }
   const __m512i a = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
   const __m512i b = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
-  const __m512i lo = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
-  const __m512i hi = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
-  const __m512 scale = _mm512_set1_ps(0x1p-24f);
-  _mm512_storeu_ps(u, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(lo, 8)), scale));
-  _mm512_storeu_ps(u + 16, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srli_epi32(hi, 8)), scale));
+  _mm512_storeu_si512(words, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b));
+  _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b));
 #else
   // Eight independent blocks side by side: 32 x 32 -> 64 bit products that compilers vectorise.
   uint32_t c[4][8];
@@ -129,9 +126,12 @@ inline void uniform32(const Draw& draw, uint64_t group, float* u) {
       c[3][j] = static_cast<uint32_t>(p0);
     }
   for (int j = 0; j < 8; ++j)
-    for (int w = 0; w < 4; ++w) u[4 * j + w] = static_cast<float>(static_cast<int32_t>(c[w][j] >> 8)) * 0x1p-24f;
+    for (int w = 0; w < 4; ++w) words[4 * j + w] = c[w][j];
 #endif
 }
+
+// The upper 24 bits as a uniform in [0, 1): exact, and signed, which is what converts in one instruction.
+inline float to_uniform(uint32_t word) { return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f; }
 
 inline float to_float(float x) { return x; }
 inline float to_float(uint16_t bf16) {
@@ -147,6 +147,21 @@ inline uint16_t to_bf16(float x) {
   std::memcpy(&wide, &x, 4);
   if ((wide & 0x7FFFFFFF) > 0x7F800000) return 0x7FC0;
   return static_cast<uint16_t>((wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
+}
+
+template <typename T>
+inline void select_word(uint32_t word, const void* weight, void* out, int64_t first, int64_t count) {
+  const T* in = static_cast<const T*>(weight) + first;
+  T* to = static_cast<T*>(out) + first;
+  if (count == 32) return select32(word, in, to);
+  for (int64_t j = 0; j < count; ++j) to[j] = word >> j & 1 ? in[j] : T{0};
+}
+
+// out[first + j] = bit j ? weight[first + j] : +0, j < count <= 32, of 2, 4 or 8 bytes each.
+inline void select_any(int itemsize, uint32_t word, const void* weight, void* out, int64_t first, int64_t count) {
+  if (itemsize == 4) return select_word<uint32_t>(word, weight, out, first, count);
+  if (itemsize == 2) return select_word<uint16_t>(word, weight, out, first, count);
+  return select_word<uint64_t>(word, weight, out, first, count);
 }
 
 }  // namespace rmt::cpu::RMT_ISA

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .native import DTYPES, extension, missing
+from .native import DTYPES, MOMENTS, extension, missing, update_lacks
 
 # Up to this many rows the product straight from the bits beats making the masked weight and torch's GEMM over it:
 # bench/results/cpu_small_m.json, written by `python bench/small_m.py`.
@@ -36,10 +36,7 @@ def lacks(name: str, args: tuple) -> str | None:
         return "float64 runs the reference"
     if name == "mask_update_":
         scores, _, exp_avgs, exp_avg_sqs, dense, grads, weights = args[:7]
-        if any(t.dtype != torch.float32 for group in (scores, exp_avgs, exp_avg_sqs, grads) for t in group):
-            return "scores, moments and gradients in fp32 only"
-        if any(d.dtype != w.dtype for d, w in zip(dense, weights)):
-            return "dense and weight differ in dtype"
+        return update_lacks(scores, exp_avgs, exp_avg_sqs, dense, grads, weights)
     return None
 
 
@@ -162,7 +159,7 @@ def gradient_dropout(
     seed, step = (0, 0) if general is None else rng.tolist()
     extension.cpu_gradient_dropout(
         task.data_ptr(), _ptr(general), _ptr(weight), 0 if weight is None else DTYPES[str(weight.dtype)],
-        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), strength, seed, step,
+        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), 1 - strength, seed, step,
         stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
     )  # fmt: skip
     return grad
@@ -171,19 +168,24 @@ def gradient_dropout(
 def mask_update_(
     scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
-    threshold: float,
+    threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
+    norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
+    strength: float = 1.0, streams: list[int] = (),
 ) -> None:  # fmt: skip
-    step_size, denom_scale = factors.tolist()
-    for i, s in enumerate(scores):
-        n, k = s.shape
-        d, w = (dense[i], weights[i]) if dense else (None, None)
-        nans = extension.cpu_mask_update(
-            s.data_ptr(), bits[i].data_ptr(), exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), _ptr(d), _ptr(w),
-            0 if d is None else d.element_size(), grads[i].data_ptr(), n, k, step_size, denom_scale, beta1, beta2,
-            eps, threshold, _threads(n * k),
-        )  # fmt: skip
-        if nans:
-            raise ValueError(f"scores[{i}] must not be NaN, got NaN in {nans} words of 32: is a gradient NaN?")
+    def addresses(group: list[Tensor]) -> list[int]:
+        return [t.data_ptr() for t in group]
+
+    dtypes = [DTYPES[str(t.dtype)] for t in (weights[0] if weights else scores[0], dense[0] if dense else scores[0])]
+    seed, step = (0, 0) if rng is None else rng.tolist()
+    nans = extension.cpu_mask_update(
+        *map(addresses, (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)),
+        [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained), list(streams) or [*range(len(scores))],
+        MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength,
+        beta1, beta2, eps, threshold, _threads(sum(s.numel() for s in scores)),
+    )  # fmt: skip
+    for i, words in enumerate(nans):
+        if words:
+            raise ValueError(f"scores[{i}] must not be NaN, got NaN in {words} words of 32: is a gradient NaN?")
 
 
 def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:

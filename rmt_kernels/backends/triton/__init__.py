@@ -53,7 +53,11 @@ def lacks(name: str, args: tuple) -> str | None:
     if not floats <= set(_DTYPES):
         return f"no Triton kernel for {', '.join(sorted(str(d) for d in floats - set(_DTYPES)))}"
     if name == "mask_update_" and any(t.dtype != torch.float32 for i in (0, 2, 3, 5) for t in args[i]):
-        return "Triton updates fp32 scores only"
+        return "Triton updates fp32 scores and moments only"
+    if name == "mask_update_":
+        generals, chained, scales, norms, counts = (*args[12:17], *[None] * 5)[:5]
+        if generals or any(chained or ()) or scales or norms is not None or counts is not None:
+            return "Triton updates from ready gradients, and takes no norms or counts"
     device = tensors[0].device
     if device.type == "cpu":
         return "Triton's interpreter computes bfloat16 wrongly" if torch.bfloat16 in floats else None

@@ -81,8 +81,9 @@ def _blocks(op, shape):
 
 
 def mask_update_(
-    scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, factors, beta1, beta2, eps, threshold
+    scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, factors, beta1, beta2, eps, threshold, *extras
 ):  # fmt: skip
+    """extras: what `lacks` has refused, or plays no part without it."""
     factors = factors.contiguous()
     for i, s in enumerate(scores):
         grid, tile = _blocks("mask_update_", s.shape)
