@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
 import rmt_kernels as rk
 from rmt_kernels import reference
+from rmt_kernels.backends import cuda
 
 # (M, N, K): one element, ragged words, a prime-sized layer, CLIP-like.
 SHAPES = [(1, 1, 1), (0, 5, 33), (1, 7, 20), (3, 1, 64), (5, 9, 31), (16, 33, 32), (17, 40, 197), (50, 48, 771)]
@@ -15,6 +17,13 @@ THRESHOLD = 5e-3
 
 def shape_id(shape) -> str:
     return "M{}-N{}-K{}".format(*shape)
+
+
+def need_gpu() -> str:
+    reason = cuda.unavailable("cuda")
+    if reason is not None:
+        pytest.skip(reason)
+    return "cuda"
 
 
 def assert_no_worse(

@@ -6,26 +6,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Four elements from flat index `at` on, as fp32. `whole`: 16-byte aligned (8 for two-byte types) and in range.
-template <typename T>
-__device__ __forceinline__ void load4(const T* __restrict__ from, int64_t at, int count, bool whole, float (&to)[4]) {
-  if (whole) {
-    if constexpr (sizeof(T) == 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + at);
-      to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-    } else {
-      const uint2 four = *reinterpret_cast<const uint2*>(from + at);
-      T elements[4];
-      memcpy(elements, &four, sizeof(four));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = to_float(elements[i]);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = i < count ? to_float(from[at + i]) : 0.0f;
-  }
-}
-
 // A thread owns the four flat indices of one Philox call, whatever K is: the tensors are contiguous.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient_dropout_kernel(

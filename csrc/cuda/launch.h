@@ -34,19 +34,32 @@ void masked_weight(
     uintptr_t out,  // (N, K), contiguous, written
     uintptr_t cuda_stream);
 
+enum Moments : int { kMomentsF32 = 0, kMomentsBF16 = 1, kMomentsU8 = 2 };  // as rmt_kernels.backends.native.MOMENTS
+
+// How many partial sums of 16 bytes mask_update writes for such layers.
+int64_t mask_update_partials(const std::vector<int64_t>& rows, const std::vector<int64_t>& cols);
+
 void mask_update(
     const std::vector<uintptr_t>& scores,       // one (N, K) fp32 each, contiguous, as all tensors here
     const std::vector<uintptr_t>& bits,
-    const std::vector<uintptr_t>& exp_avgs,
+    const std::vector<uintptr_t>& exp_avgs,     // (N, K) of `moments`
     const std::vector<uintptr_t>& exp_avg_sqs,
-    const std::vector<uintptr_t>& dense,        // empty, or one (N, K) of `element_size` bytes each
+    const std::vector<uintptr_t>& dense,        // empty, or one (N, K) of dense_dtype each
     const std::vector<uintptr_t>& grads,
-    const std::vector<uintptr_t>& weights,      // as `dense`
+    const std::vector<uintptr_t>& weights,      // empty, or one (N, K) of weight_dtype each
+    const std::vector<uintptr_t>& generals,     // empty (no dropout), or as `grads`
+    const std::vector<uintptr_t>& scales,       // empty, or for 8-bit moments two (ceil(N K / 256),) uint8 each
     const std::vector<int64_t>& rows,           // N of each
     const std::vector<int64_t>& cols,           // K of each
-    int element_size,
+    const std::vector<bool>& chained,           // empty, or whether weights multiply the gradients
+    const std::vector<int64_t>& streams,
+    int moments, int weight_dtype, int dense_dtype,  // dense's is weight's, or bf16 beside fp32
     uintptr_t factors,                          // (2,) fp32 from adam_factors
-    double beta1, double beta2, double eps, double threshold, uintptr_t cuda_stream);
+    uintptr_t norms,                            // (L,) fp32, or 0
+    uintptr_t counts,                           // (L, 2) int64, or 0
+    uintptr_t rng,                              // (2,) int64, or 0
+    uintptr_t partials,                         // mask_update_partials x 16 bytes, or 0 without norms and counts
+    double l2, double strength, double beta1, double beta2, double eps, double threshold, uintptr_t cuda_stream);
 
 void gradient_dropout(
     uintptr_t grad_task,     // (N, K) fp32, contiguous, as all matrices here

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define RMT_HD __host__ __device__ __forceinline__
@@ -28,8 +29,8 @@ RMT_HD float product(float a, float b) {
 
 // --- gradient dropout ---------------------------------------------------------------------------------------------
 
-// reference.philox_uniform of the flat indices 4 * group .. 4 * group + 3.
-RMT_HD void philox_uniform(int64_t seed, int64_t step, int64_t stream, uint64_t group, float (&uniform)[4]) {
+// reference.philox_words of the flat indices 4 * group .. 4 * group + 3.
+RMT_HD void philox_words(int64_t seed, int64_t step, int64_t stream, uint64_t group, uint32_t (&words)[4]) {
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
   uint32_t c2 = static_cast<uint32_t>(step), c3 = static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed);
@@ -44,9 +45,29 @@ RMT_HD void philox_uniform(int64_t seed, int64_t step, int64_t stream, uint64_t 
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  const uint32_t words[4] = {c0, c1, c2, c3};
+  words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+}
+
+RMT_HD float to_uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
+
+// reference.philox_uniform, likewise.
+RMT_HD void philox_uniform(int64_t seed, int64_t step, int64_t stream, uint64_t group, float (&uniform)[4]) {
+  uint32_t words[4];
+  philox_words(seed, step, stream, group, words);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) uniform[i] = static_cast<float>(words[i] >> 8) * 0x1p-24f;
+  for (int i = 0; i < 4; ++i) uniform[i] = to_uniform(words[i]);
+}
+
+// The words of the flat indices at .. at + 3, from two blocks where `at` is not a multiple of 4.
+RMT_HD void philox_words_at(int64_t seed, int64_t step, int64_t stream, uint64_t at, uint32_t (&words)[4]) {
+  philox_words(seed, step, stream, at / 4, words);
+  const int skip = static_cast<int>(at % 4);
+  if (skip == 0) return;
+  uint32_t next[4];
+  philox_words(seed, step, stream, at / 4 + 1, next);
+  const uint32_t all[8] = {words[0], words[1], words[2], words[3], next[0], next[1], next[2], next[3]};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = skip == 1 ? all[i + 1] : skip == 2 ? all[i + 2] : all[i + 3];
 }
 
 RMT_HD float keep_probability(float a, float b) {
@@ -73,6 +94,62 @@ RMT_HD void adam_step(const Adam& adam, float factor0, float factor1, float g, f
   m = adam.rest1 < 0.5f ? m + adam.rest1 * (g - m) : g - (g - m) * (1.0f - adam.rest1);
   v = product(v, adam.beta2) + product(product(adam.rest2, g), g);
   score -= product(m, factor0) / (product(sqrtf(v), factor1) + adam.eps);
+}
+
+// --- stored moments: reference.load_moment, reference.store_moment ------------------------------------------------------
+
+constexpr int64_t kRoundingStream = int64_t{1} << 31;  // reference.ROUNDING_STREAM
+constexpr int kMomentBlock = 256;                      // reference.MOMENT_BLOCK
+
+RMT_HD uint32_t pattern_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+RMT_HD float of_pattern(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+// exp_avg (signed) takes the lower 16 random bits of an element, exp_avg_sq the upper.
+template <bool kSigned>
+RMT_HD uint32_t rounding_bits(uint32_t word) {
+  return kSigned ? word & 0xFFFF : word >> 16;
+}
+
+// Upper half of the pattern. Adding to an infinity would make it a NaN.
+RMT_HD uint16_t round_bf16(float x, uint32_t random) {
+  const uint32_t bits = pattern_of(x);
+  return static_cast<uint16_t>((bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : random)) >> 16);
+}
+
+template <bool kSigned>
+RMT_HD float decode8(uint32_t code, uint32_t exponent) {
+  const uint32_t c = kSigned ? code & 127u : code;
+  uint32_t bits = c != 0 ? ((exponent - (kSigned ? 15 : 31)) << 23) + (c << 20) : 0u;
+  if (kSigned) bits |= (code & 128u) << 24;
+  return of_pattern(exponent == 255 ? 0x7FC00000u : bits);
+}
+
+// E of a block from the largest pattern of its magnitudes: one more where rounding that up would carry.
+template <bool kSigned>
+RMT_HD uint32_t block_exponent(uint32_t largest) {
+  const uint32_t e = (largest + 0xFFFFFu) >> 23, least = kSigned ? 16 : 32;
+  return e < least ? least : e > 255 ? 255 : e;
+}
+
+template <bool kSigned>
+RMT_HD uint32_t encode8(float x, uint32_t exponent, uint32_t random) {
+  const uint32_t bits = pattern_of(x), base = (exponent - (kSigned ? 15 : 31)) << 23;
+  const int32_t above = static_cast<int32_t>((bits & 0x7FFFFFFFu) - base);
+  const float size = of_pattern(bits & 0x7FFFFFFFu), smallest = of_pattern(base + (1u << 20));
+  const bool raised = kSigned ? (static_cast<float>(random) + 0.5f) * (smallest * 0x1p-16f) < size : size > 0.0f;
+  // 16 bits at the top of the 20 cut off, and half of the last of them: the chance is rounded, not cut.
+  const int32_t rounded = (above + static_cast<int32_t>(random << 4) + 8) >> 20, most = kSigned ? 127 : 255;
+  const uint32_t c = above < (1 << 20) ? (raised ? 1u : 0u) : static_cast<uint32_t>(rounded < most ? rounded : most);
+  return kSigned && x < 0.0f ? c | 128u : c;
 }
 
 // --- bits ---------------------------------------------------------------------------------------------------------

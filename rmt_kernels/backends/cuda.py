@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .native import DTYPES, build_info, extension, missing
+from .native import DTYPES, MOMENTS, build_info, extension, missing, update_lacks
 
 # Up to this many rows one pass over W serves the whole product: kMmaTiles * kTileRows in masked_linear_small.cu.
 SMALL_M = 64
@@ -58,11 +58,9 @@ def lacks(name: str, args: tuple) -> str | None:
 
 
 def _update_lacks(scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights) -> str | None:
-    if any(t.dtype != torch.float32 for group in (scores, exp_avgs, exp_avg_sqs, grads) for t in group):
-        return "the CUDA update takes fp32 scores, moments and gradients only"
-    if any(d.dtype != w.dtype for d, w in zip(dense, weights)):
-        return "dense and weight differ in dtype"
-    return None if len({w.element_size() for w in weights}) <= 1 else "weights of 2 and of 4 bytes in one call"
+    if exp_avgs[0].dtype == torch.uint8 and any(s.shape[0] > 1 and s.shape[1] % 32 for s in scores):
+        return "8-bit moments need K to be a multiple of 32"
+    return update_lacks(scores, exp_avgs, exp_avg_sqs, dense, grads, weights)
 
 
 def _gemm_lacks(x: Tensor, capability: tuple[int, int]) -> str | None:
@@ -224,11 +222,20 @@ def gradient_dropout(
 def mask_update_(
     scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], dense: list[Tensor],
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
-    threshold: float,
+    threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
+    norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
+    strength: float = 1.0, streams: list[int] = (),
 ) -> None:  # fmt: skip
-    factors = factors.contiguous()
-    lists = [[t.data_ptr() for t in group] for group in (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights)]
+    lists = (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)
+    shape = [s.shape[0] for s in scores], [s.shape[1] for s in scores]
+    factors, rng = factors.contiguous(), None if rng is None else rng.contiguous()
+    device, partials = scores[0].device, None
+    if norms is not None or counts is not None:
+        # 16 bytes each: a sum of squares and two counts.
+        partials = torch.empty(2 * extension.cuda_mask_update_partials(*shape), dtype=torch.float64, device=device)
     _launch(
-        "mask_update", scores[0].device, *lists, [s.shape[0] for s in scores], [s.shape[1] for s in scores],
-        weights[0].element_size() if weights else 4, factors.data_ptr(), beta1, beta2, eps, threshold,
+        "mask_update", device, *([t.data_ptr() for t in group] for group in lists), *shape, list(chained),
+        list(streams) or list(range(len(scores))), MOMENTS[exp_avgs[0].dtype], _dtype((weights or scores)[0]),
+        _dtype((dense or weights or scores)[0]), factors.data_ptr(), _ptr(norms), _ptr(counts), _ptr(rng),
+        _ptr(partials), l2, strength, beta1, beta2, eps, threshold,
     )  # fmt: skip

@@ -5,14 +5,12 @@ The emulator runs the kernels' own source (csrc/cuda/*.cu), so these tests mean 
 
 import contextlib
 import itertools
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, shape_id
-from kernels import cuda_on_cpu
+from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, need_gpu, shape_id
 
 import rmt_kernels as rk
 from rmt_kernels import reference
@@ -22,35 +20,6 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = FLOATS[1:]
 CLIP_SHAPES = [(1, 768, 768), (16, 2304, 768), (50, 3072, 768), (64, 768, 3072)]
 gpu = pytest.mark.gpu
-
-
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    pytest.importorskip("pybind11")
-    if shutil.which("c++") is None:
-        pytest.skip("the emulator needs a C++ compiler")
-    return cuda_on_cpu.build(tmp_path_factory.mktemp("emulated"))
-
-
-def need_gpu() -> str:
-    reason = cuda.unavailable("cuda")
-    if reason is not None:
-        pytest.skip(reason)
-    return "cuda"
-
-
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=gpu)])
-def device(request, monkeypatch):
-    """Where the tensors live; `rmt_kernels.backends.cuda` runs there."""
-    if request.param == "gpu":
-        return need_gpu()
-    module = request.getfixturevalue("emulated")
-    monkeypatch.setattr(cuda, "extension", module)
-    monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
-    monkeypatch.setattr(
-        cuda, "_weight_grad", lambda g, x: g.float().T @ x.float()
-    )  # torch's part: its CPU has no out_dtype
-    return "cpu"
 
 
 @contextlib.contextmanager
@@ -381,8 +350,13 @@ def test_says_why_not(monkeypatch):
         assert word in cuda.lacks("masked_linear", args)
     update = ([weight], [bits], [weight], [weight], [half[1]], [weight], [weight])
     assert "differ in dtype" in cuda.lacks("mask_update_", update)
-    assert "of 2 and of 4" in cuda.lacks("mask_update_", (*update[:4], [weight, half[1]], [weight], [weight, half[1]]))
+    mixed = [weight, half[1]]
+    assert "several dtypes" in cuda.lacks("mask_update_", (*update[:4], mixed, [weight], mixed))
     assert "fp32 scores" in cuda.lacks("mask_update_", ([half[1]], *update[1:]))
+    codes = [torch.zeros(weight.shape, dtype=torch.uint8)]
+    assert "moments in torch.float32, torch.uint8" in cuda.lacks("mask_update_", (*update[:3], codes, [], *update[5:]))
+    ragged = ([weight[:, :33]], [bits], codes, codes, [], [weight[:, :33]], [])
+    assert "multiple of 32" in cuda.lacks("mask_update_", ragged)
     monkeypatch.setattr(cuda, "build_info", lambda: {"cuda": {"archs": ["code=sm_90"]}})
     assert "not built for sm_90a" in cuda.lacks("masked_linear", (*half, bits, None, None))
     monkeypatch.setattr(cuda, "_capability", lambda index: (8, 0))

@@ -1,0 +1,31 @@
+"""Where the CUDA kernels run in tests: on a GPU, or, compiled for it, in the CPU emulator of cuda_on_cpu."""
+
+import shutil
+
+import pytest
+from helpers import need_gpu
+from kernels import cuda_on_cpu
+
+from rmt_kernels.backends import cuda
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    pytest.importorskip("pybind11")
+    if shutil.which("c++") is None:
+        pytest.skip("the emulator needs a C++ compiler")
+    return cuda_on_cpu.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the tensors live; `rmt_kernels.backends.cuda` runs there."""
+    if request.param == "gpu":
+        return need_gpu()
+    module = request.getfixturevalue("emulated")
+    monkeypatch.setattr(cuda, "extension", module)
+    monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
+    monkeypatch.setattr(
+        cuda, "_weight_grad", lambda g, x: g.float().T @ x.float()
+    )  # torch's part: its CPU has no out_dtype
+    return "cpu"
