@@ -23,14 +23,23 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 DEFAULT_ARCHS = "80;90a;80+PTX"
+_AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mprefer-vector-width=512",
+    "-DRMT_AVX512",
+]  # fmt: skip
+# Narrowest first; each stands on the ones before it.
 ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-DRMT_AVX2"],
-    "avx512": [
-        "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mprefer-vector-width=512",
-        "-DRMT_AVX512",
-    ],
-}  # fmt: skip
+    "avx512": _AVX512,
+    "amx": [*_AVX512, "-mamx-tile", "-mamx-bf16", "-DRMT_AMX"],
+}
+ISA_SOURCES = {
+    "baseline": ["elementwise", "mask_update", "masked_linear"],
+    "avx2": ["elementwise", "mask_update", "masked_linear"],
+    "avx512": ["elementwise", "mask_update", "masked_linear", "weight_grad"],
+    "amx": ["weight_grad"],
+}
 # No -ffast-math: NaN and signed zero must behave as in the reference. -fno-math-errno lets sqrt become an instruction.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
@@ -52,6 +61,23 @@ def supports(cxx: str, flags: list[str], tmp: Path) -> bool:
     source.write_text("int main() { return 0; }\n")
     command = [cxx, *flags, str(source), "-o", str(tmp / "probe")]
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def instruction_sets(cxx: str, tmp: Path) -> tuple[list[str], dict[str, str]]:
+    """The sets to build, and why each other one is left out."""
+    isas, left_out = [], {}
+    for isa, flags in ISA_FLAGS.items():
+        if flags and platform.machine() not in ("x86_64", "AMD64"):
+            left_out[isa] = f"not for {platform.machine()}"
+        elif isa == "amx" and sys.platform != "linux":
+            left_out[isa] = "tiles are asked for as Linux wants it"
+        elif left_out:
+            left_out[isa] = f"needs {next(iter(left_out))}"
+        elif not supports(cxx, flags, tmp):
+            left_out[isa] = f"the compiler does not take {' '.join(f for f in flags if f.startswith('-m'))}"
+        else:
+            isas.append(isa)
+    return isas, left_out
 
 
 def find_nvcc() -> str:
@@ -117,8 +143,10 @@ class NinjaBuild(build_ext):
         cxx = find_cxx()
         nvcc = find_nvcc() if cuda else None
         openmp = ["-fopenmp"] if supports(cxx, ["-fopenmp"], tmp) else []
-        isas = [isa for isa, flags in ISA_FLAGS.items() if platform.machine() in ("x86_64", "AMD64") or not flags]
-        info["cpu"] = {"compiler": first_line([cxx, "--version"]), "isas": isas, "openmp": bool(openmp)}
+        isas, left_out = instruction_sets(cxx, tmp)
+        info["cpu"] = {
+            "compiler": first_line([cxx, "--version"]), "isas": isas, "left_out": left_out, "openmp": bool(openmp),
+        }  # fmt: skip
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{tmp}"]
         if cuda:
             cuda_home = Path(nvcc).resolve().parent.parent
@@ -135,9 +163,10 @@ class NinjaBuild(build_ext):
 
         plain = [*CXX_FLAGS, *openmp, *includes]
         compile_to("cxx", CSRC / "bindings.cpp", "bindings", plain)
-        compile_to("cxx", CSRC / "cpu" / "dispatch.cpp", "dispatch", plain)
+        known = [f"-DRMT_WITH_{isa.upper()}" for isa in isas]
+        compile_to("cxx", CSRC / "cpu" / "dispatch.cpp", "dispatch", [*plain, *known])
         for isa in isas:
-            for source in ("elementwise", "mask_update", "masked_linear"):
+            for source in ISA_SOURCES[isa]:
                 flags = [*plain, f"-DRMT_ISA={isa}", *ISA_FLAGS[isa]]
                 compile_to("cxx", CSRC / "cpu" / f"{source}.cpp", f"{source}_{isa}", flags)
         if cuda:

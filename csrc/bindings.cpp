@@ -119,6 +119,12 @@ static void bind_cpu(py::module_& m) {
     const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(stream)};
     kernels().uniform(draw, at<float>(out), numel, threads);
   }, nogil);
+  m.def("cpu_weight_grad_rate", [] { return kernels().weight_grad ? kernels().weight_grad_rate() : 0.0; }, nogil);
+  m.def("cpu_weight_grad",
+        [](uintptr_t g, uintptr_t x, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t g_stride, int64_t x_stride,
+           bool accumulate, int threads) {
+          kernels().weight_grad({at<void>(g), at<void>(x), at<float>(out), m, n, k, g_stride, x_stride, accumulate}, threads);
+        }, nogil);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -124,6 +124,11 @@ def _calls(device: str) -> dict[str, Callable[[], Tensor]]:
         rk.mask_update_(*([t] for t in state), [a], factors)
         return torch.cat([state[0].flatten(), state[2].flatten(), state[3].flatten()])
 
+    def weight_gradient() -> Tensor:
+        out = torch.ones_like(weight)
+        rk.weight_grad_(out, g_task.bfloat16(), x.bfloat16(), accumulate=True)
+        return out
+
     dropout = {"scores": scores, "penalty": penalty, "rng": rng, "strength": 0.3}
     return {
         "pack_bits": lambda: rk.pack_bits(scores > THRESHOLD),
@@ -133,6 +138,7 @@ def _calls(device: str) -> dict[str, Callable[[], Tensor]]:
         "masked_linear": lambda: rk.masked_linear(x, weight, bits, bias),
         "masked_linear_dx": lambda: rk.masked_linear_dx(g_task, weight, bits),
         "grouped_masked_linear": lambda: rk.grouped_masked_linear(x, weight, task_bits, offsets, bias),
+        "weight_grad_": weight_gradient,
         "mask_grad": lambda: rk.mask_grad(x, g_task, g_general, weight, **dropout) * clear,
         "gradient_dropout": lambda: rk.gradient_dropout(g_task.T @ x, g_general.T @ x, weight, **dropout) * clear,
         "mask_update_": update,
@@ -150,6 +156,7 @@ def as_text(report: dict) -> str:
     else:
         cuda = built["cuda"] if isinstance(built["cuda"], str) else f"{built['cuda']['nvcc']}, {_archs(built['cuda'])}"
         lines += [f"  C++   {built['cpu']['compiler']}; {', '.join(built['cpu']['isas'])}; runs {built['isa']}"]
+        lines += [f"        without {isa}: {why}" for isa, why in built["cpu"].get("left_out", {}).items()]
         lines += [f"  CUDA  {cuda}"]
     lines.append("Devices")
     lines += [f"  {name}" for name in report["devices"]]

@@ -14,6 +14,7 @@ from .ops import (
     pack_scores,
     rng_state,
     unpack_bits,
+    weight_grad_,
 )
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
 
@@ -37,4 +38,5 @@ __all__ = [
     "rng_state",
     "unpack_bits",
     "use_backend",
+    "weight_grad_",
 ]  # fmt: skip

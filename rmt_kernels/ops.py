@@ -21,6 +21,7 @@ _SCHEMAS = {
     "masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? dense, Tensor? scores) -> Tensor",
     "masked_linear_dx": "(Tensor g, Tensor weight, Tensor bits, Tensor? dense) -> Tensor",
     "grouped_masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets) -> Tensor",
+    "weight_grad_": "(Tensor(a!) out, Tensor g, Tensor x, bool accumulate) -> ()",
     "mask_grad": "(Tensor x, Tensor g_task, Tensor? g_general, Tensor weight, Tensor? scores, Tensor? penalty, "
     "Tensor? rng, float strength, int stream) -> Tensor",
     "gradient_dropout": "(Tensor grad_task, Tensor? grad_general, Tensor? weight, Tensor? scores, Tensor? penalty, "
@@ -66,6 +67,10 @@ def masked_linear_dx_fake(g, weight, bits, dense):
 
 def grouped_masked_linear_fake(x, weight, bits, bias, offsets):
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def weight_grad_fake(out, g, x, accumulate):
+    return None
 
 
 def mask_grad_fake(x, g_task, g_general, weight, scores, penalty, rng, strength, stream):
@@ -291,6 +296,31 @@ def grouped_masked_linear(
         if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
             raise ValueError(f"offsets must ascend from 0 to {x.shape[0]}, got {ends}")
     return _ops.grouped_masked_linear(x, weight, bits, bias, offsets)
+
+
+def weight_grad_(out: Tensor, g: Tensor, x: Tensor, *, accumulate: bool = False) -> None:
+    """out = g.T @ x, or += where `accumulate`: the gradient of a linear layer's weight, with fp32 sums and result.
+
+    Unlike `g.T @ x` it does not round to the 16 bits of its factors. For fp32 factors it is torch's own product.
+
+    Args:
+        out: (N, K) fp32, contiguous; float64 where a factor is.
+        g: (..., N) cotangents. x: (..., K) inputs. Any floating dtypes.
+
+    Raises: ValueError, TypeError; ValueError where a gradient would be needed, since this has no backward.
+    """
+    checks.need_matrix("out", out)
+    checks.need_rows("x", x, out.shape[1], out.device)
+    checks.need_like("g", g, (*x.shape[:-1], out.shape[0]), out.device)
+    checks.need_like("out", out, out.shape, out.device, (_accurate_dtype(g, x),))
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if _records_graph(out, g, x):
+        raise ValueError("weight_grad_ has no backward: call it under torch.no_grad()")
+    _ops.weight_grad_(out, _rows(g), _rows(x), accumulate)
+    if not torch.compiler.is_compiling() and not out.is_inference():
+        # A kernel that writes through a pointer leaves the version counter alone; autograd and the layers go by it.
+        torch.autograd.graph.increment_version(out)
 
 
 def mask_grad(

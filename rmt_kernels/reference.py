@@ -6,6 +6,7 @@ read: no tiling, no tricks.
     bits     = packed(scores > threshold)                                    pack_scores
     y        = x @ (weight * bits).T + bias                                  masked_linear
     dx       = g @ (weight * bits)                                           masked_linear_dx
+    d_weight = g.T @ x                                                       weight_grad_
     g_task   = (softmax(z) - onehot(label)) / B                              logit_cotangents
     g_general = T * (softmax(z / T) - softmax(teacher / T)) / B              logit_cotangents
     a        = (g_task.T @ x) * weight + penalty * scores                    mask_grad  (straight-through)
@@ -121,6 +122,19 @@ def gradient_dropout(
         return a
     kept = keep_probability(a, b) > philox_uniform(rng, stream, a.shape)
     return torch.where(kept, a, (1 - strength) * a)
+
+
+def weight_grad_(out: Tensor, g: Tensor, x: Tensor, accumulate: bool) -> None:
+    """out (N, K) = g.T @ x from rows g (M, N) and x (M, K), or += where `accumulate`.
+
+    Factors, sums and result in out's dtype: 16-bit factors are widened, which is exact, and nothing is rounded back. In
+    one dtype this is autograd's own gradient of `F.linear`'s weight, bit for bit.
+    """
+    g, x = g.to(out.dtype).T, x.to(out.dtype)
+    if accumulate:
+        torch.addmm(out, g, x, out=out)
+    else:
+        torch.mm(g, x, out=out)
 
 
 def mask_grad(

@@ -19,6 +19,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", 
 
 REFERENCE = ["tests/kernels/test_reference.py"]
 CPU = ["tests/kernels/test_cpu.py", "-k", "not narrower"]
+WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
 TRITON = ["tests/kernels/triton_interpret_cases.py", "tests/kernels/triton_interpret_draw.py"]
@@ -61,6 +62,13 @@ MUTATIONS = [
     ("task's bits not advanced", "csrc/cpu/masked_linear.cpp",
      "p.bits + t * p.n * words", "p.bits + t * 0 * words",
      [*OPS, "-k", "grouped"]),
+    ("a pass over the rows forgets the one before", "csrc/cpu/weight_grad.cpp", "add || pass", "add", WEIGHT_GRAD),
+    ("last row of an odd number lost", "csrc/cpu/weight_grad.cpp",
+     "2 * p < rows ? live : 0", "2 * p + 1 < rows ? live : 0", WEIGHT_GRAD),
+    ("a group of panels packed by nobody", "csrc/cpu/weight_grad.cpp",
+     "least(first + kGroup, f.panels)", "least(first + kGroup - 1, f.panels)", WEIGHT_GRAD),
+    ("weight gradient rounded to 16 bits", "rmt_kernels/reference.py",
+     "torch.mm(g, x, out=out)", "out.copy_((g @ x).bfloat16())", WEIGHT_GRAD),
     ("words of the wrong row", "rmt_kernels/backends/triton/bits.py",
      "tl.load(bits_ptr + block_offsets(offs_n, offs_w, words, 1), mask=inside, other=0)",
      "tl.load(bits_ptr + block_offsets(offs_n, offs_w, words - 1, 1), mask=inside, other=0)", TRITON),

@@ -12,5 +12,7 @@ void masked_weight(const void* weight, const uint32_t* bits, int64_t n, int64_t 
 void gradient_dropout(const Gradient& p, float* grad, int64_t numel, int threads);
 void mask_update(const MaskUpdate& p, int threads);
 void uniform(const Draw& draw, float* out, int64_t numel, int threads);
+void weight_grad(const WeightGrad& p, int threads);
+double weight_grad_rate();
 
 }  // namespace rmt::cpu::RMT_ISA

@@ -74,6 +74,14 @@ struct MaskedLinear {
   int64_t tasks, n, k, x_stride;
 };
 
+struct WeightGrad {
+  const void* g;  // [M, N] bf16, row stride g_stride
+  const void* x;  // [M, K] bf16, row stride x_stride
+  float* out;     // [N, K], = g.T @ x, or += where accumulate
+  int64_t m, n, k, g_stride, x_stride;
+  bool accumulate;
+};
+
 // pack_scores returns how many words held a NaN score.
 struct Kernels {
   const char* isa;
@@ -86,15 +94,24 @@ struct Kernels {
   void (*mask_update)(const MaskUpdate& p, int threads);
   void (*masked_linear)(const MaskedLinear& p, int threads);
   void (*uniform)(const Draw& draw, float* out, int64_t numel, int threads);
+  void (*weight_grad)(const WeightGrad& p, int threads);  // M > 0; null where no instruction multiplies bf16
+  double (*weight_grad_rate)();  // bf16 multiply-adds of weight_grad's instruction in the time of one in fp32
 };
 
+// What setup.py could build is in RMT_WITH_*, for dispatch.cpp.
 namespace baseline { extern const Kernels table; }
-#if defined(__x86_64__)
 namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
-#endif
+// The rest is avx512's.
+namespace amx {
+void weight_grad(const WeightGrad& p, int threads);
+double weight_grad_rate();
+}  // namespace amx
 
-// The widest set this processor has; RMT_CPU_ISA=baseline|avx2|avx512 asks for a narrower one.
+// The widest set this processor has; RMT_CPU_ISA=baseline|avx2|avx512|amx asks for no wider one.
 const Kernels& kernels();
+
+// Memory of the calling thread, aligned to 64 bytes, kept for its next call. Contents are whatever was there.
+void* scratch(int64_t bytes);
 
 }  // namespace rmt::cpu

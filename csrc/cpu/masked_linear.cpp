@@ -170,6 +170,11 @@ const Kernels table = {
     false,
 #endif
     pack_scores, pack_bits, unpack_bits, masked_weight, gradient_dropout, mask_update, masked_linear, uniform,
+#if defined(RMT_HAS_BF16)
+    weight_grad, weight_grad_rate,
+#else
+    nullptr, nullptr,
+#endif
 };
 
 }  // namespace rmt::cpu::RMT_ISA

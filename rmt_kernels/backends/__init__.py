@@ -19,7 +19,7 @@ ORDER = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "refe
 NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = (
     "pack_bits", "pack_scores", "unpack_bits", "masked_weight", "masked_linear", "masked_linear_dx",
-    "grouped_masked_linear", "mask_grad", "gradient_dropout", "mask_update_",
+    "grouped_masked_linear", "weight_grad_", "mask_grad", "gradient_dropout", "mask_update_",
 )  # fmt: skip
 # Kernels that a GPU run has proved, as "backend.op": a GPU kernel outside this list is never a default.
 CONFIRMED = frozenset(json.loads(Path(__file__).with_name("confirmed.json").read_text())["confirmed"])

@@ -5,6 +5,7 @@ product is torch's own GEMM over it, bit for bit as in a plain layer; where it k
 straight from the words, and more make the masked weight first.
 """
 
+import functools
 from itertools import pairwise
 
 import torch
@@ -16,9 +17,14 @@ from .native import DTYPES, MOMENTS, extension, missing, update_lacks
 # Up to this many rows the product straight from the bits beats making the masked weight and torch's GEMM over it:
 # bench/results/cpu_small_m.json, written by `python bench/small_m.py`.
 SMALL_M = {torch.float32: 32, torch.bfloat16: 8}
+# bf16 rows are multiplied as they are where that instruction is this many times as fast as fp32's: AMX is, vdpbf16ps is
+# on AMD only. `python bench/weight_grad.py` shows both ways.
+MIN_RATE = 1.4
 NOTES = {
     "masked_linear": "first choice; torch's GEMM over `dense`; without it, up to "
-    f"{SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight from the bits"
+    f"{SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight from the bits",
+    "weight_grad_": "first choice; bf16 factors as they are by AMX, or by vdpbf16ps where it is faster than fp32; "
+    "fp16, mixed and other factors are widened for torch's fp32 GEMM",
 }
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISA = None if extension is None else extension.cpu_isa()
@@ -139,12 +145,34 @@ def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor 
     return y
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether `weight_grad_` takes bf16 factors as they are. The processor is asked once."""
+    return extension.cpu_weight_grad_rate() >= MIN_RATE
+
+
+def weight_grad_(out: Tensor, g: Tensor, x: Tensor, accumulate: bool) -> None:
+    if len(x) and g.dtype == x.dtype == torch.bfloat16 and multiplies_bf16():
+        g, x = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (g, x))
+        (m, k), n = x.shape, g.shape[1]
+        extension.cpu_weight_grad(
+            g.data_ptr(), x.data_ptr(), out.data_ptr(), m, n, k, g.stride(0), x.stride(0), accumulate, _threads(n * k)
+        )
+    else:
+        reference.weight_grad_(out, g, x, accumulate)
+
+
+def _weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    out = torch.empty((g.shape[1], x.shape[1]), dtype=torch.float32)
+    weight_grad_(out, g, x, False)
+    return out
+
+
 def mask_grad(
     x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None,
     penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
 ) -> Tensor:  # fmt: skip
-    x = x.float()
-    grads = [None if g is None else g.float().T @ x for g in (g_task, g_general)]
+    grads = [None if g is None else _weight_grad(g, x) for g in (g_task, g_general)]
     return gradient_dropout(*grads, weight, scores, penalty, rng, strength, stream)
 
 

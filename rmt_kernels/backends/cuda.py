@@ -186,19 +186,28 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
     return reference.masked_linear_dx(g, weight, bits, masked_weight(weight, bits) if dense is None else dense)
 
 
+def weight_grad_(out: Tensor, g: Tensor, x: Tensor, accumulate: bool) -> None:
+    # 16-bit factors in one GEMM where torch has it (2.8 on), without widening them first.
+    if not len(x) or x.dtype != g.dtype or x.dtype == torch.float32 or "dtype" not in torch.ops.aten.mm.overloads():
+        reference.weight_grad_(out, g, x, accumulate)
+    elif accumulate:
+        torch.addmm(out, g.T, x, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(g.T, x, out_dtype=torch.float32, out=out)
+
+
+def _weight_grad(g: Tensor, x: Tensor) -> Tensor:
+    out = torch.empty((g.shape[1], x.shape[1]), dtype=torch.float32, device=x.device)
+    weight_grad_(out, g, x, False)
+    return out
+
+
 def mask_grad(
     x: Tensor, g_task: Tensor, g_general: Tensor | None, weight: Tensor, scores: Tensor | None,
     penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int,
 ) -> Tensor:  # fmt: skip
     grads = [None if g is None else _weight_grad(g, x) for g in (g_task, g_general)]
     return gradient_dropout(*grads, weight, scores, penalty, rng, strength, stream)
-
-
-def _weight_grad(g: Tensor, x: Tensor) -> Tensor:
-    """g.T @ x in fp32: from 16-bit factors in one GEMM where torch has it (2.8 on), without widening them first."""
-    if len(x) and x.dtype == g.dtype != torch.float32 and "dtype" in torch.ops.aten.mm.overloads():
-        return torch.mm(g.T, x, out_dtype=torch.float32)
-    return g.T.float() @ x.float()
 
 
 def gradient_dropout(

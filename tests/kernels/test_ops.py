@@ -56,6 +56,11 @@ def op_calls() -> dict[str, tuple]:
             OPS.grouped_masked_linear,
             (t["x"], t["weight"], t["bits"].expand(3, -1, -1).contiguous(), None, torch.tensor([0, 1, 1, M])),
         ),
+        "weight_grad_": (OPS.weight_grad_, (torch.randn(N, K), t["g_task"], t["x"], False)),
+        "weight_grad_-accumulate": (
+            OPS.weight_grad_,
+            (torch.randn(N, K), t["g_task"].bfloat16(), t["x"].bfloat16(), True),
+        ),
         "mask_grad": (
             OPS.mask_grad,
             (t["x"], t["g_task"], t["g_general"], t["weight"], t["scores"], t["penalty"], t["rng"], 0.3, 2),
