@@ -165,6 +165,8 @@ def as_text(report: dict) -> str:
     lines.append("Which backend serves what")
     for row in report["ops"]:
         lines.append(f"  {row['op']:22} {row['device']:5} {row['backend']:10} {row['why']}")
+        if row["row"]:
+            lines.append(f"  {'':39} table: {row['row']}")
     lines.append("Checks against the reference")
     for row in report["checks"]:
         state = "ok" if row["ok"] else "MISMATCH"

@@ -22,6 +22,7 @@ CPU = ["tests/kernels/test_cpu.py", "-k", "not narrower"]
 WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
+DISPATCH = ["tests/kernels/test_dispatch.py"]
 TRITON = ["tests/kernels/triton_interpret_cases.py", "tests/kernels/triton_interpret_draw.py"]
 MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
 BACKWARD = ["tests/rmt/test_backward.py"]
@@ -94,6 +95,13 @@ MUTATIONS = [
      'if not 0 <= need_finite("strength", value) <= 1', 'if not 0 <= need_finite("strength", value)', OPS),
     ("unconfirmed GPU kernels by default", "rmt_kernels/backends/__init__.py",
      'not in CONFIRMED:', 'in CONFIRMED:', BACKENDS),
+    ("the table's limit exclusive", "rmt_kernels/backends/dispatch.py", "bisect_left(limits, m)",
+     "bisect_right(limits, m)", DISPATCH),
+    ("the table not asked", "rmt_kernels/backends/cpu.py",
+     'if decide("masked_linear", x.dtype, n, k, x.numel() // k).path == "bits":', "if True:", DISPATCH),
+    ("a kept masked weight passed over", "rmt_kernels/backends/cuda.py",
+     "    if dense is not None:\n        return reference.masked_linear(",
+     "    if False:\n        return reference.masked_linear(", DISPATCH),
     ("refresh ignores versions", "rmt/masked.py",
      "all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))", "True", MODULES),
     ("in-projection without its bias", "rmt/attention.py",

@@ -3,6 +3,8 @@
 A backend is a module with functions named as in `reference.py`, with the same arguments. Besides, it has
     unavailable() -> str | None     why it cannot run here at all
     lacks(name, args) -> str | None why it cannot run this call (a dtype, a layout); the next backend then does
+and where it chooses between ways to compute a product
+    decide(op, dtype, n, k, m, kept) -> dispatch.Row    the row of the dispatch table that decides
 """
 
 import contextlib
@@ -21,6 +23,12 @@ OPS = (
     "pack_bits", "pack_scores", "unpack_bits", "masked_weight", "masked_linear", "masked_linear_dx",
     "grouped_masked_linear", "weight_grad_", "mask_grad", "gradient_dropout", "mask_update_",
 )  # fmt: skip
+# The products that choose a path by dispatch.json, and the op whose rows they read.
+PRODUCTS = {
+    "masked_linear": "masked_linear", "masked_linear_dx": "masked_linear_dx", "grouped_masked_linear": "masked_linear",
+}  # fmt: skip
+# What explain() and `rmt doctor` show: 16 rows over the in-projection of ViT-B.
+SHAPE = (16, 2304, 768)
 # Kernels that a GPU run has proved, as "backend.op": a GPU kernel outside this list is never a default.
 CONFIRMED = frozenset(json.loads(Path(__file__).with_name("confirmed.json").read_text())["confirmed"])
 
@@ -124,8 +132,24 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def explain(op: str | None = None) -> list[dict[str, str]]:
-    """A row for every op and device: the backend that serves it, why no earlier one does, and which ran last."""
+def explain(
+    op: str | None = None, *, shape: tuple[int, int, int] = SHAPE, dtype: torch.dtype = torch.float32
+) -> list[dict[str, str]]:
+    """A row for every op and device: the backend that serves it, why no earlier one does, and which ran last.
+
+    Args:
+        op: one op; None: all.
+        shape: (M, N, K) of a product, M rows over an (N, K) weight: `row` is then the row of the dispatch table that
+            decides how it is computed, with and without a kept masked weight. For `grouped_masked_linear` M is the
+            longest task's. Operands contiguous and of one dtype. Empty for ops that are no products.
+        dtype: of x and weight.
+
+    Raises: ValueError, TypeError.
+    """
+    if len(shape) != 3 or any(not isinstance(size, int) or size < 1 for size in shape):
+        raise ValueError(f"shape must be (M, N, K), three positive integers, got {shape!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype, got {dtype!r}")
     rows = []
     for name in OPS if op is None else (op,):
         for device in ORDER:
@@ -140,7 +164,22 @@ def explain(op: str | None = None) -> list[dict[str, str]]:
                 chosen = "none"
             notes = getattr(load(chosen), "NOTES", {}) if chosen != "none" else {}
             why = "; ".join(skipped) or ("requested" if _forced else notes.get(name, "first choice"))
-            rows.append(
-                {"op": name, "device": device, "backend": chosen, "why": why, "last": _last.get((name, device), "")}
-            )
+            row = _decided(name, device, chosen, shape, dtype) if name in PRODUCTS else ""
+            last_ran = _last.get((name, device), "")
+            rows.append({"op": name, "device": device, "backend": chosen, "why": why, "last": last_ran, "row": row})
     return rows
+
+
+def _decided(op: str, device: str, chosen: str, shape: tuple[int, int, int], dtype: torch.dtype) -> str:
+    """What the dispatch table says about a product; of one that another backend serves, what it would say."""
+    owner, (m, n, k) = ORDER[device][0], shape
+    if dtype == torch.float64:
+        return "float64 runs the reference: the masked weight is made"
+    decide = getattr(load(owner), "decide", None)
+    if decide is None:
+        return ""
+    texts = [decide(PRODUCTS[op], dtype, n, k, m).text()]
+    if op != "grouped_masked_linear":
+        texts.append("kept: " + decide(PRODUCTS[op], dtype, n, k, m, kept=True).text())
+    served = "" if chosen == owner else f"were it served by {owner}: "
+    return f"{served}{'; '.join(texts)}"

@@ -2,27 +2,25 @@
 
 Weight-sized work is fused and runs on torch's OpenMP threads. Where the caller keeps the masked weight in `dense`, a
 product is torch's own GEMM over it, bit for bit as in a plain layer; where it keeps the bits alone, few rows run
-straight from the words, and more make the masked weight first.
+straight from the words, and more make the masked weight first: how many, dispatch.json says.
 """
 
 import functools
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from . import dispatch
 from .native import DTYPES, MOMENTS, extension, missing, update_lacks
 
-# Up to this many rows the product straight from the bits beats making the masked weight and torch's GEMM over it:
-# bench/results/cpu_small_m.json, written by `python bench/small_m.py`.
-SMALL_M = {torch.float32: 32, torch.bfloat16: 8}
 # bf16 rows are multiplied as they are where that instruction is this many times as fast as fp32's: AMX is, vdpbf16ps is
 # on AMD only. `python bench/weight_grad.py` shows both ways.
 MIN_RATE = 1.4
 NOTES = {
-    "masked_linear": "first choice; torch's GEMM over `dense`; without it, up to "
-    f"{SMALL_M[torch.float32]} rows (bf16: {SMALL_M[torch.bfloat16]}) straight from the bits",
+    "masked_linear": "first choice; torch's GEMM over `dense`; without it by the table",
     "weight_grad_": "first choice; bf16 factors as they are by AMX, or by vdpbf16ps where it is faster than fp32; "
     "fp16, mixed and other factors are widened for torch's fp32 GEMM",
 }
@@ -44,6 +42,29 @@ def lacks(name: str, args: tuple) -> str | None:
         scores, _, exp_avgs, exp_avg_sqs, dense, grads, weights = args[:7]
         return update_lacks(scores, exp_avgs, exp_avg_sqs, dense, grads, weights)
     return None
+
+
+@functools.cache
+def device_kind() -> str:
+    """What dispatch.json calls this CPU: its kernels' instruction set, and whether the GEMM beside them has AMX."""
+    if ISA is None:
+        return "cpu"
+    # Linux alone says it; elsewhere none is assumed, which costs time at most.
+    cpuinfo = Path("/proc/cpuinfo")
+    amx = ISA == "avx512" and cpuinfo.is_file() and "amx_bf16" in cpuinfo.read_text()
+    return f"cpu {ISA}{' amx' if amx else ''}"
+
+
+def decide(op: str, dtype: torch.dtype, n: int, k: int, m: int, kept: bool = False) -> dispatch.Row:
+    """The row of the table that decides for a product of M contiguous rows."""
+    row = dispatch.row(device_kind(), op, dtype, n, k, m, kept)
+    if row.path == "bits" and not _reads_bits(dtype):
+        return row._replace(path="made", ms={}, note=f"no kernel for {dtype} on {device_kind()}")
+    return row
+
+
+def _reads_bits(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and extension is not None and extension.cpu_has_bf16())
 
 
 def _threads(numel: int) -> int:
@@ -95,12 +116,11 @@ def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
     return out
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the C++ product takes these operands as they are."""
+def has_bits_kernel(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a C++ product here takes these operands straight from the bits."""
     return (
-        x.dim() == 2
-        and x.dtype in SMALL_M
-        and (x.dtype == torch.float32 or extension.cpu_has_bf16())
+        op == "masked_linear"
+        and _reads_bits(x.dtype)
         and weight.dtype == x.dtype
         and (bias is None or bias.dtype == x.dtype)
         and weight.is_contiguous()
@@ -108,11 +128,11 @@ def _fused(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
-    if dense is None and 0 < x.numel() <= SMALL_M.get(x.dtype, 0) * x.shape[-1]:
-        rows = x.reshape(-1, x.shape[-1])
-        if _fused(rows, weight, bias):
+    if dense is None and x.numel() and has_bits_kernel("masked_linear", x, weight, bias):
+        n, k = weight.shape
+        if decide("masked_linear", x.dtype, n, k, x.numel() // k).path == "bits":
+            rows = x.reshape(-1, k)
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            n, k = weight.shape
             y = torch.empty((rows.shape[0], n), dtype=x.dtype)
             extension.cpu_masked_linear_single(
                 rows.data_ptr(), weight.data_ptr(), bits.data_ptr(), _ptr(bias), rows.shape[0], y.data_ptr(),
@@ -129,8 +149,10 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
 def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     n, k = weight.shape
     ends = offsets.tolist()
-    small = max(j - i for i, j in pairwise(ends)) <= SMALL_M.get(x.dtype, 0)
-    if small and _fused(x, weight, bias):
+    # The longest task decides for all, so that each gets what it would get alone, bit for bit.
+    longest = max(j - i for i, j in pairwise(ends))
+    takes = has_bits_kernel("masked_linear", x, weight, bias)
+    if takes and decide("masked_linear", x.dtype, n, k, longest).path == "bits":
         x = x if x.stride(1) == 1 else x.contiguous()
         y = torch.empty((x.shape[0], n), dtype=x.dtype)
         extension.cpu_masked_linear(

@@ -1,8 +1,9 @@
 """CUDA C++ kernels (csrc/cuda), compute capability 8.0 and up. Same functions and arguments as `reference.py`.
 
 Everything runs on the current stream and nothing waits for the device, so that all of it can be captured in a CUDA
-graph. Weight-sized work is fused; products of few rows run straight from the words, larger ones in the wgmma kernel
-(Hopper) or, over a ready `dense`, in torch's GEMM. What is not served here says `lacks`.
+graph. Weight-sized work is fused. A product over a ready `dense` is torch's GEMM, bit for bit as in a plain layer;
+without one dispatch.json says whether it runs straight from the words (few rows in one pass over W, more in Hopper's
+wgmma kernel) or makes the masked weight first. What is not served here says `lacks`.
 """
 
 import functools
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import dispatch
 from .native import DTYPES, MOMENTS, build_info, extension, missing, update_lacks
 
-# Up to this many rows one pass over W serves the whole product: kMmaTiles * kTileRows in masked_linear_small.cu.
+# Up to this many rows one pass over W serves the whole product: kMmaTiles * kTileRows in masked_linear_small.cu. No
+# choice: which of the paths a shape takes says dispatch.json.
 SMALL_M = 64
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,6 +40,27 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def device_kind(index: int | None = None) -> str:
+    """What dispatch.json calls the GPU."""
+    return "sm_{}{}".format(*_capability(index))
+
+
+def decide(op: str, dtype: torch.dtype, n: int, k: int, m: int, kept: bool = False) -> dispatch.Row:
+    """The row of the table that decides for a product of M rows on the current GPU."""
+    kind = device_kind() if torch.version.cuda is not None and torch.cuda.is_available() else "cuda"
+    return dispatch.row(kind, op, dtype, n, k, m, kept)
+
+
+def _from_bits(x: Tensor, weight: Tensor) -> bool:
+    return dispatch.row(device_kind(x.device.index), "masked_linear", x.dtype, *weight.shape, _rows(x)).path == "bits"
+
+
+def has_bits_kernel(op: str, x: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel here takes these operands straight from the bits."""
+    fits = _rows(x) <= SMALL_M or _gemm_lacks(x, _capability(x.device.index)) is None
+    return op == "masked_linear" and x.dtype == weight.dtype and fits
+
+
 def lacks(name: str, args: tuple) -> str | None:
     """Why this call is not served, or None."""
     tensors = [t for arg in args for t in (arg if isinstance(arg, list | tuple) else (arg,)) if isinstance(t, Tensor)]
@@ -52,7 +76,7 @@ def lacks(name: str, args: tuple) -> str | None:
         return _update_lacks(*args[:7])
     if name in ("masked_linear", "grouped_masked_linear") and args[0].dtype != args[1].dtype:
         return f"x is {args[0].dtype} and weight {args[1].dtype}: the CUDA products take one dtype"
-    if name == "masked_linear" and args[4] is None and _rows(args[0]) > SMALL_M:
+    if name == "masked_linear" and args[4] is None and _rows(args[0]) > SMALL_M and _from_bits(*args[:2]):
         return _gemm_lacks(args[0], capability)
     return None
 
@@ -140,12 +164,12 @@ def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
-    if _rows(x) <= SMALL_M:
-        y = _small(x.reshape(-1, x.shape[-1]), weight, bits, bias, None)
-    elif dense is None:
-        y = masked_gemm(x.reshape(-1, x.shape[-1]), weight, bits, bias)
-    else:
+    if dense is not None:
         return reference.masked_linear(x, weight, bits, bias, dense)
+    if not _from_bits(x, weight):
+        return reference.masked_linear(x, weight, bits, bias, masked_weight(weight, bits))
+    rows = x.reshape(-1, x.shape[-1])
+    y = _small(rows, weight, bits, bias, None) if len(rows) <= SMALL_M else masked_gemm(rows, weight, bits, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 

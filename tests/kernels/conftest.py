@@ -24,6 +24,7 @@ def device(request, monkeypatch):
         return need_gpu()
     module = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "extension", module)
+    monkeypatch.setattr(cuda, "device_kind", lambda index=None: "sm_90")
     monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
     monkeypatch.setattr(
         cuda, "_weight_grad", lambda g, x: g.float().T @ x.float()

@@ -49,7 +49,7 @@ def test_explain_has_a_row_for_every_op_and_device():
     assert {(r["op"], r["device"]) for r in rows} == {(op, d) for op in backends.OPS for d in ("cpu", "cuda")}
     assert len(rows) == 2 * len(backends.OPS)
     for r in rows:
-        assert set(r) == {"op", "device", "backend", "why", "last"}
+        assert set(r) == {"op", "device", "backend", "why", "last", "row"}
         assert r["backend"] in backends.NAMES and r["why"]
 
 

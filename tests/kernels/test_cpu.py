@@ -10,7 +10,7 @@ from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, lay
 
 import rmt_kernels as rk
 from rmt_kernels import reference
-from rmt_kernels.backends import cpu, native
+from rmt_kernels.backends import cpu, dispatch, native
 
 pytestmark = pytest.mark.skipif(native.extension is None, reason=f"no C++ kernels: {native.missing}")
 CPU_SHAPES = [*SHAPES, (2, 130, 96), (16, 288, 768)]
@@ -46,9 +46,12 @@ def test_masked_weight_is_exact_and_off_is_plus_zero(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=shape_id)
-@pytest.mark.parametrize("kept", [False, True], ids=["bits", "dense"])
-def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, kept):
-    t = layer(shape, dtype)
+@pytest.mark.parametrize("path", dispatch.PATHS)
+def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, path, monkeypatch):
+    """On every path, whatever the table says of this shape here."""
+    row = dispatch.row("cpu", "masked_linear", torch.float32, 1, 1, 1)._replace(path=path)
+    monkeypatch.setattr(dispatch, "row", lambda *key: row)
+    t, kept = layer(shape, dtype), path == "dense"
     dense = reference.masked_weight(t["weight"], t["bits"])
     plain = reference.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None)
     truth = t["x"].double() @ dense.double().T + t["bias"].double()
