@@ -23,6 +23,13 @@ def on_cpu_backend():
         yield
 
 
+@pytest.fixture
+def take(monkeypatch):
+    """take(path): every product takes that path, whatever the table says of its shape here."""
+    row = dispatch.row("cpu", "masked_linear", torch.float32, 1, 1, 1)
+    return lambda path: monkeypatch.setattr(dispatch, "row", lambda *key: row._replace(path=path))
+
+
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=shape_id)
 def test_bits_are_exact(shape):
     t = layer(shape)
@@ -47,10 +54,8 @@ def test_masked_weight_is_exact_and_off_is_plus_zero(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=shape_id)
 @pytest.mark.parametrize("path", dispatch.PATHS)
-def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, path, monkeypatch):
-    """On every path, whatever the table says of this shape here."""
-    row = dispatch.row("cpu", "masked_linear", torch.float32, 1, 1, 1)._replace(path=path)
-    monkeypatch.setattr(dispatch, "row", lambda *key: row)
+def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, path, take):
+    take(path)
     t, kept = layer(shape, dtype), path == "dense"
     dense = reference.masked_weight(t["weight"], t["bits"])
     plain = reference.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None)
@@ -61,7 +66,8 @@ def test_masked_linear_is_no_worse_than_the_reference(shape, dtype, path, monkey
     assert_no_worse(dx, t["g_task"] @ dense, t["g_task"].double() @ dense.double())
 
 
-def test_small_products_take_any_strides_and_leading_dimensions():
+def test_small_products_take_any_strides_and_leading_dimensions(take):
+    take("bits")
     t = layer((4, 33, 45))
     wide = torch.randn(4, 90)[:, ::2].copy_(t["x"])
     strided = torch.randn(8, 60)[::2, 5:50].copy_(t["x"])
@@ -149,7 +155,8 @@ def test_update_follows_the_reference(shape, dense_dtype):
     assert n * k < 1000 or not torch.equal(bits[0], old_bits[0]), "some bits should have flipped"
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
+def test_results_do_not_depend_on_the_number_of_threads(take):
+    take("bits")
     t = layer((8, 300, 400))
     before = torch.get_num_threads()
     results = []
