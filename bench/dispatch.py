@@ -1,4 +1,4 @@
-"""Measures which product serves which shape: python bench/dispatch.py [--device cuda] [--write] [--json FILE]
+"""Measures which product serves which shape: python bench/dispatch.py [--device cuda] [--write [FILE]]
 
 A row per op, dtype, layer and M: milliseconds straight from the bits, of making the masked weight and torch's GEMM over
 it, and of the GEMM over a kept one, and the path that they decide (`rmt_kernels/backends/dispatch.py`). --write puts
@@ -8,6 +8,7 @@ them into `rmt_kernels/backends/dispatch.json` in the place of this kind of devi
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import harness
 import torch
@@ -55,7 +56,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer, four row counts")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each shape")
     parser.add_argument("--json", metavar="FILE", help="write the rows with their provenance here")
-    parser.add_argument("--write", action="store_true", help="put the rows into the table that the package ships")
+    parser.add_argument(
+        "--write", metavar="FILE", nargs="?", const=dispatch.FILE, type=Path,
+        help="put the rows into the table that the package ships; FILE: into a copy of it",
+    )  # fmt: skip
     args = parser.parse_args()
     if args.write and args.quick:
         parser.error("--write needs every layer: leave --quick out")
@@ -80,7 +84,7 @@ def main() -> None:
         kind, content = rows[0]["device"], json.loads(dispatch.FILE.read_text())
         content["rows"] = [r for r in content["rows"] if r["device"] != kind] + rows
         content["measured"][kind] = {k: v for k, v in base.items() if k not in ("device", "bench")}
-        save(content | {"defaults": DEFAULTS})
+        save(args.write, content | {"defaults": DEFAULTS})
 
 
 def _ms(value: float | None) -> str:
@@ -159,16 +163,16 @@ def check(calls: dict[str, Callable[[], Tensor]]) -> None:
         assert error < 1e-2, f"{path}: relative error {error:.1e} against the product over the kept masked weight"
 
 
-def save(content: dict) -> None:
-    """Writes the table, one row a line: a new measurement is then a readable diff."""
+def save(path: Path, content: dict) -> None:
+    """Writes the table, whole or not at all, one row a line: a new measurement is then a readable diff."""
     lines = [
         f'"{part}": [\n' + ",\n".join(json.dumps(r) for r in content[part]) + "\n]" for part in ("defaults", "rows")
     ]
     measured = ",\n".join(f"{json.dumps(kind)}: {json.dumps(value)}" for kind, value in content["measured"].items())
     parts = [f'"about": {json.dumps(ABOUT)}', f'"measured": {{\n{measured}\n}}', *lines]
-    draft = dispatch.FILE.with_name("dispatch.json.part")
+    draft = path.with_name(path.name + ".part")
     draft.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-    draft.replace(dispatch.FILE)
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,143 @@
 #!/usr/bin/env bash
-# Everything a GPU has to say, in one go: the GPU tests, then the benchmarks on every backend, rows under $1.
-#   bash bench/gpu.sh bench/results/h200
-# Builds in place (nvcc, pybind11, ninja; no network needed). A red test stops it: nothing wrong is ever timed.
-set -euo pipefail
+# Everything a GPU has to say, in one go and under 9 minutes: build, doctor, tests, sanitizers, benchmarks, tables.
+#   bash bench/gpu.sh [--out DIR] [--quick] [--dry-run] [--only STAGE,...] [--budget SECONDS]
+# Into DIR (default bench/results/<name of the GPU>): stages.csv, rows.csv, a JSON file per benchmark, logs/. A line per
+# stage says PASS, FAIL or SKIP, its seconds and why; exit status 1 where one failed. What a stage needs and what
+# failed is skipped: nothing wrong is ever timed. Stages stand in the order of their worth, each has a limit, and none
+# starts once the budget (540 s) is used up. No network; what open_clip is needed for is skipped where it is missing.
+# --dry-run walks, on a machine without a GPU, all that can be walked there: build, compile gates, emulated kernels,
+# small CPU runs of the benchmarks. PYTHON names the interpreter (python3).
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:?usage: bench/gpu.sh FOLDER}
-mkdir -p "$out"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw --format=csv | tee "$out/gpu.txt"
-RMT_FORCE_BUILD=1 python3 setup.py -q build_ext --inplace --build-temp "$(mktemp -d)"
-python3 -m rmt.cli doctor --json > "$out/doctor.json"
-python3 -m pytest -m gpu -x 2>&1 | tee "$out/tests.txt"
-for dtype in fp32 bf16; do
-  for backend in reference cuda triton; do
-    RMT_BACKEND=$backend python3 bench/masked_linear.py --device cuda --dtype $dtype --seconds 0.2 \
-      --json "$out/masked_linear_${dtype}_${backend}.json"
-  done
+py=${PYTHON:-python3} out="" quick="" dry="" only="" budget=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --out) out=${2:?--out DIR}; shift 2 ;;
+    --only) only=${2:?--only STAGE,...}; shift 2 ;;
+    --budget) budget=${2:?--budget SECONDS}; shift 2 ;;
+    --quick) quick=--quick; shift ;;
+    --dry-run) dry=yes; shift ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+  esac
 done
+# Two CPU cores compile and emulate for longer than a GPU needs for all of it.
+budget=${budget:-$([ -n "$dry" ] && echo 3600 || echo 540)}
+if [ -z "$dry" ] && ! nvidia-smi -L >/dev/null 2>&1; then
+  echo "bench/gpu.sh: no NVIDIA GPU here; --dry-run rehearses without one" >&2
+  exit 2
+fi
+if [ -z "$out" ]; then
+  gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr 'A-Z ' 'a-z_')
+  out=bench/results/${gpu:-gpu}
+  [ -z "$dry" ] || out=$(mktemp -d "${TMPDIR:-/tmp}/rmt-gpu-dry-run.XXXX")
+fi
+mkdir -p "$out/logs"
+out=$(cd "$out" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+declare -A result
+failed=0
+echo "stage,result,seconds,why" >"$out/stages.csv"
+
+# stage NAME LIMIT_S NEEDS REASON COMMAND...: runs COMMAND, unless REASON says why it cannot or a stage of NEEDS failed.
+stage() {
+  local name=$1 limit=$2 needs=$3 why=$4 need began=$SECONDS code left verdict=SKIP
+  shift 4
+  [ -z "$only" ] || [[ ",$only," == *",$name,"* ]] || return 0
+  for need in $needs; do
+    [ "${result[$need]:-}" != FAIL ] || why="$need failed, and nothing wrong is timed"
+  done
+  left=$((budget - SECONDS))
+  [ $left -ge 1 ] || why="the $budget s are used up"
+  if [ -z "$why" ]; then
+    timeout -k 5 $((limit < left ? limit : left)) "$@" >"$out/logs/$name.txt" 2>&1 </dev/null
+    code=$?
+    case $code in
+      0) verdict=PASS ;;
+      77) why=$(tail -n 1 "$out/logs/$name.txt") ;; # the command itself says why it cannot run
+      124 | 137) verdict=FAIL why="ran past its limit, logs/$name.txt" ;;
+      *) verdict=FAIL why="exit status $code, logs/$name.txt" ;;
+    esac
+  fi
+  [ $verdict != FAIL ] || { failed=1; tail -n 12 "$out/logs/$name.txt" | sed 's/^/    | /'; }
+  result[$name]=$verdict
+  printf '%-4s %4d s  %-28s %s\n' $verdict $((SECONDS - began)) "$name" "$why"
+  echo "$name,$verdict,$((SECONDS - began)),\"$why\"" >>"$out/stages.csv"
+}
+
+# Why something is missing, nothing where it is there.
+tool() { command -v "$1" >/dev/null || echo "$1 is not on the PATH"; }
+file() { [ -f "$1" ] || echo "no $1 in this tree"; }
+module() { "$py" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" || echo "$1 is not installed"; }
+first() { for why in "$@"; do [ -z "$why" ] || { echo "$why"; break; }; done; }
+
+if [ -n "$dry" ]; then
+  # Not in place: another process may be running the extension that is there.
+  stage build 600 "" "" "$py" setup.py -q build_ext --build-temp "$work/build" --build-lib "$work/lib"
+  stage doctor 120 "" "" "$py" -m rmt.cli doctor
+  stage tests 300 "" "" "$py" -m pytest -m gpu --collect-only -q tests
+  stage compile_cuda 900 "" "$(tool nvcc)" "$py" -m pytest -q tests/kernels/test_cuda_compile.py
+  stage compile_triton 900 "" "$(module triton)" "$py" -m pytest -q tests/kernels/test_triton_compile.py
+  driver=tests/kernels/sanitizer_driver.py
+  stage sanitize_cuda 600 "" "$(tool c++)" "$py" $driver cuda --emulated
+  stage sanitize_triton 600 "" "$(module triton)" "$py" $driver triton --emulated
+  stage train_step 120 "" "$(first "$(file bench/train_step.py)" "$(module open_clip)")" \
+    "$py" bench/train_step.py --help
+  for bench in update weight_grad; do
+    stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --help
+  done
+  stage dispatch 120 "" "" "$py" bench/dispatch.py --device cpu --quick --seconds 0.01 --json "$out/dispatch_rows.json"
+  stage masked_linear 300 "" "" "$py" bench/masked_linear.py --device cpu --layers "ViT-B attn.out_proj" --rows 1 \
+    --no-compile --seconds 0.01 --json "$out/masked_linear.json"
+else
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw --format=csv | tee "$out/gpu.txt"
+  stage build 120 "" "$(tool nvcc)" env RMT_FORCE_BUILD=1 \
+    "$py" setup.py -q build_ext --inplace --build-temp "$work/build"
+  stage doctor 60 build "" bash -c '"$0" -m rmt.cli doctor --json >"$1"' "$py" "$out/doctor.json"
+  parallel=$([ -n "$(module xdist)" ] || echo "-n 4")
+  stage tests_cuda 100 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_cuda.py
+  stage tests_triton 120 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_triton.py
+  stage tests_rest 60 build "" "$py" -m pytest -m gpu tests --ignore tests/kernels/test_cuda.py \
+    --ignore tests/kernels/test_triton.py
+  # Some virtual machines keep the tool from the device: that says nothing about the kernels.
+  unsupported='"$@" 2>&1 | tee "$0"; code=${PIPESTATUS[0]}
+    ! grep "Device not supported" "$0" || exit 77; exit $code'
+  sanitize() { # BACKEND TOOL
+    local backend=$1 check=$2
+    stage "${check}_$backend" 40 "build tests_$backend" "$(tool compute-sanitizer)" \
+      bash -c "$unsupported" "$work/sanitizer.txt" compute-sanitizer --tool "$check" --error-exitcode 9 \
+      --target-processes application-only "$py" tests/kernels/sanitizer_driver.py "$backend"
+  }
+  for check in memcheck racecheck synccheck initcheck; do sanitize cuda $check; done
+  right="build tests_cuda tests_rest memcheck_cuda racecheck_cuda synccheck_cuda initcheck_cuda"
+  cuda="env RMT_BACKEND=cuda $py"
+  step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
+  for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do
+    stage train_step_$precision 60 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
+      --device cuda --precision $precision $quick --json "$out/train_step_$precision.json"
+  done
+  for bench in update weight_grad; do
+    stage $bench 45 "$right" "$(file bench/$bench.py)" $cuda bench/$bench.py --device cuda --json "$out/$bench.json"
+  done
+  stage dispatch 60 "$right" "" "$py" bench/dispatch.py --device cuda --seconds 0.1 --json "$out/dispatch_rows.json" \
+    --write "$out/dispatch.json"
+  sanitize triton memcheck
+  sanitize triton racecheck
+  for dtype in bf16 fp32; do
+    for backend in cuda triton reference; do
+      rows="16 1600 6304" needs=build
+      [ $backend != triton ] || needs="build tests_triton memcheck_triton racecheck_triton"
+      [ $backend != cuda ] || needs=$right
+      # No CUDA kernel takes more fp32 rows straight from the bits.
+      [ $dtype$backend != fp32cuda ] || rows="1 16 50"
+      stage masked_linear_${dtype}_$backend 45 "$needs" "" env RMT_BACKEND=$backend "$py" bench/masked_linear.py \
+        --device cuda --dtype $dtype --layers "ViT-B attn.in_proj" "ViT-L mlp.c_proj" --rows $rows --no-compile \
+        --seconds 0.1 --json "$out/masked_linear_${dtype}_$backend.json"
+    done
+  done
+fi
+budget=$((SECONDS + 15)) # the few seconds of the merge, whatever the rest took
+stage collect 15 "" "" "$py" bench/collect.py "$out"
+echo "$SECONDS s in all; $out"
+exit $failed

@@ -23,6 +23,7 @@ WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
 DISPATCH = ["tests/kernels/test_dispatch.py"]
+GPU_SCRIPT = ["tests/test_gpu_script.py", "-k", "not rehearsal"]
 TRITON = ["tests/kernels/triton_interpret_cases.py", "tests/kernels/triton_interpret_draw.py"]
 MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
 BACKWARD = ["tests/rmt/test_backward.py"]
@@ -102,6 +103,9 @@ MUTATIONS = [
     ("a kept masked weight passed over", "rmt_kernels/backends/cuda.py",
      "    if dense is not None:\n        return reference.masked_linear(",
      "    if False:\n        return reference.masked_linear(", DISPATCH),
+    ("what failed its tests is timed", "bench/gpu.sh",
+     '[ "${result[$need]:-}" != FAIL ] || why=', '[ "${result[$need]:-}" != FAIL ] || echo ', GPU_SCRIPT),
+    ("a failed stage forgotten", "bench/gpu.sh", "{ failed=1;", "{ failed=0;", GPU_SCRIPT),
     ("refresh ignores versions", "rmt/masked.py",
      "all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))", "True", MODULES),
     ("in-projection without its bias", "rmt/attention.py",

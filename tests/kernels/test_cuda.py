@@ -11,10 +11,11 @@ import sys
 import pytest
 import torch
 from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, need_gpu, shape_id
+from kernels import sanitizer_driver
 
 import rmt_kernels as rk
-from rmt_kernels import reference
-from rmt_kernels.backends import cuda
+from rmt_kernels import backends, reference
+from rmt_kernels.backends import cuda, dispatch
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = FLOATS[1:]
@@ -363,6 +364,21 @@ def test_says_why_not(monkeypatch):
     assert "9.0" in cuda.lacks("masked_linear", (*half, bits, None, None))
     monkeypatch.setattr(cuda, "_capability", lambda index: (7, 5))
     assert "8.0" in cuda.lacks("pack_scores", (weight, 0.5))
+
+
+def test_the_sanitizers_see_every_kernel_and_their_driver_checks_results(device, monkeypatch):
+    launched, launch = set(), cuda._launch
+    monkeypatch.setattr(cuda, "_launch", lambda name, *args: (launched.add(f"cuda_{name}"), launch(name, *args))[1])
+    monkeypatch.setattr(dispatch, "row", sanitizer_driver.from_bits)
+    assert sanitizer_driver.run("cuda", cuda, device) == []
+    bound = {name for name in dir(cuda.extension) if name.startswith("cuda_")} - {"cuda_fragment_words"}
+    assert launched == bound or (device == "cuda" and not sanitizer_driver._wgmma(device))
+    ops = {op for op, _ in sanitizer_driver.calls((5, 9, 31), torch.float32)}
+    assert set(backends.OPS) <= ops | sanitizer_driver.NO_KERNEL["triton"], "every op of a kernel has a call"
+    for name, broken in (("pack_bits", lambda m: reference.pack_bits(~m)), ("mask_update_", lambda *args: None)):
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, name, broken)
+            assert any(f"cuda.{name} in" in line for line in sanitizer_driver.run("cuda", cuda, device))
 
 
 def test_import_leaves_cuda_alone():

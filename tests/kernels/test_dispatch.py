@@ -315,7 +315,17 @@ def test_the_bench_measures_checks_and_writes_its_own_kind_only(bench, monkeypat
     monkeypatch.setattr(harness, "LAYERS", {"tiny": (40, 64)})
     monkeypatch.setattr(bench, "LAYERS", ("tiny",))
     monkeypatch.setattr(cpu, "device_kind", lambda: "cpu test")
-    command = ["dispatch.py", "--device", "cpu", "--seconds", "0", "--write", "--json", str(tmp_path / "rows.json")]
+    command = [
+        "dispatch.py",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--write",
+        str(target),
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     bench.main()
     written = json.loads(target.read_text())
