@@ -19,7 +19,7 @@ import rmt
 import rmt_kernels as rk
 from rmt.config import MaskConfig, TrainConfig
 from rmt.masking import apply_masks
-from rmt.train import gradients
+from rmt.step import gradients
 
 _spec = importlib.util.spec_from_file_location("official", Path(__file__).parents[2] / "bench" / "official.py")
 official = importlib.util.module_from_spec(_spec)
@@ -36,6 +36,11 @@ def vit():
     config = open_clip.get_model_config("ViT-B-16-quickgelu")
     config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1, "vocab_size": 64}
     model = open_clip.CLIP(**config).eval()
+    # Rows (token, image), as in OpenAI's CLIP, which the official code tunes: open_clip's newer order (image, token)
+    # sums a weight gradient over the same rows in another order, which rounds differently.
+    for module in model.visual.modules():
+        if hasattr(module, "batch_first"):
+            module.batch_first = False
     with torch.no_grad():
         model.logit_scale.fill_(4.6)  # CLIP's own after training
     return model
