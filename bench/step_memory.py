@@ -40,7 +40,7 @@ def steps_of_rmt(model: nn.Module, text: Tensor, image: Tensor, label: Tensor) -
     from rmt.config import MaskConfig, TrainConfig
     from rmt.masking import apply_masks
     from rmt.optim import MaskAdam
-    from rmt.train import gradients
+    from rmt.step import gradients
 
     found = apply_masks(model, MaskConfig(targets=("attention", "conv")))
     optimizer, config = MaskAdam(found, lr=LR), TrainConfig(strength=STRENGTH)

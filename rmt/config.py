@@ -120,6 +120,11 @@ class TrainConfig:
         schedule: auto adds epochs where a run is too short for masks to flip; paper keeps the recipe.
         flip: mirror half of the training images, as the official code; not for digits, text or signs.
         precision: bf16 runs the towers under autocast; scores, moments and the sign test stay fp32.
+        adam: format of Adam's moments: fp32 (8 bytes a score), bf16 (4) or 8bit (2), the latter two rounded
+            stochastically.
+        shortcuts: while no bit is off, one forward serves student and teacher; the last block's tail runs for the class
+            token alone.
+        graph: capture the step in a CUDA graph. CUDA only.
         log_every: steps between two logged rows. save_every: seconds between two writings of the resume file.
     """
 
@@ -134,6 +139,9 @@ class TrainConfig:
     schedule: Literal["auto", "paper"] = "auto"
     flip: bool = True
     precision: Literal["fp32", "bf16"] = "fp32"
+    adam: Literal["fp32", "bf16", "8bit"] = "fp32"
+    shortcuts: bool = True
+    graph: bool = False
     log_every: int = 10
     save_every: float = 60.0
 
@@ -152,7 +160,9 @@ class TrainConfig:
         _need(self, "save_every", "a number of at least 0", _finite(self.save_every) and self.save_every >= 0)
         if self.epochs is not None and self.steps is not None:
             raise UserError(f"epochs or steps must be given, not both, got {self.epochs} and {self.steps}")
-        _need(self, "flip", "true or false", isinstance(self.flip, bool))
+        for name in ("flip", "shortcuts", "graph"):
+            _need(self, name, "true or false", isinstance(getattr(self, name), bool))
+        _need(self, "adam", "fp32, bf16 or 8bit", self.adam in ("fp32", "bf16", "8bit"))
         _need(self, "schedule", "auto or paper", self.schedule in ("auto", "paper"))
         _need(self, "precision", "fp32 or bf16", self.precision in ("fp32", "bf16"))
         if self.batch < self.accumulate:

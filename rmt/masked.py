@@ -79,35 +79,57 @@ class MaskedModule(ScoreStorage):
         return all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(old, now))
 
     def refresh(self, prefix: str = "", force: bool = False) -> None:
-        """Repack bits and rewrite the cached masked weight if scores or weight have changed since they were made."""
+        """Repack bits and rewrite the kept masked weight if scores or weight have changed since they were made."""
         if not force and self._is_fresh(prefix):
             return
         # Never as inference tensors: the next training step must be able to save them.
         with torch.inference_mode(False), torch.no_grad():
             bits = self._packed_bits(prefix)
             self._buffers[prefix + "bits"].copy_(bits)
-            self._dense[prefix] = rmt_kernels.masked_weight(self._weight(prefix), bits).contiguous()
+            self._keep(prefix, self._dense[prefix].dtype if prefix in self._dense else None)
         self._packed[prefix] = self._versions(prefix)
+
+    def _keep(self, prefix: str, dtype: torch.dtype | None) -> None:
+        """Makes the kept masked weight, in the weight's dtype or another."""
+        with torch.inference_mode(False), torch.no_grad():
+            dense = rmt_kernels.masked_weight(self._weight(prefix), self._buffers[prefix + "bits"])
+            self._dense[prefix] = dense.to(dtype or dense.dtype).contiguous()
 
     def mark_fresh(self, prefix: str = "") -> None:
         """What `rmt.optim.MaskAdam` calls once it has rewritten scores, bits and the masked weight together."""
         self._packed[prefix] = self._versions(prefix)
 
-    def dense(self, prefix: str = "") -> Tensor:
-        """(N, K) weight with off elements 0, up to date. Shared, not a copy."""
+    def dense(self, prefix: str = "", dtype: torch.dtype | None = None) -> Tensor:
+        """(N, K) weight with off elements 0, up to date, in the weight's dtype or another. Shared, not a copy."""
+        self.refresh(prefix)
+        dtype = dtype or self._parameters[prefix + "weight"].dtype
+        if self._dense[prefix].dtype != dtype:
+            self._keep(prefix, dtype)
+        return self._dense[prefix]
+
+    def kept(self, prefix: str = "") -> Tensor:
+        """(N, K) masked weight, up to date, in the dtype that products read last: 16 bits under autocast."""
         self.refresh(prefix)
         return self._dense[prefix]
 
-    def _bits_and_dense(self, prefix: str) -> tuple[Tensor, Tensor | None]:
+    def _bits(self, prefix: str) -> Tensor:
         if torch.compiler.is_compiling():
-            return self._packed_bits(prefix), None
+            return self._packed_bits(prefix)
         self.refresh(prefix)
-        return self._buffers[prefix + "bits"], self._dense[prefix]
+        return self._buffers[prefix + "bits"]
+
+    def _product_dense(self, prefix: str) -> Tensor | None:
+        """The masked weight in the dtype of a product here; None where torch.compile traces, and bits are all."""
+        if torch.compiler.is_compiling():
+            return None
+        weight = self._parameters[prefix + "weight"]
+        low = torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
+        return self.dense(prefix, torch.get_autocast_dtype(weight.device.type) if low else None)
 
     def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
         if not self.masked:
             return rmt_kernels.reference.linear(x, self._weight(prefix), bias)
-        bits, dense = self._bits_and_dense(prefix)
+        bits, dense = self._bits(prefix), self._product_dense(prefix)
         scores = self._parameters[prefix + "scores"]
         weight = self._parameters[prefix + "weight"]
         wanted = scores.requires_grad or x.requires_grad or weight.requires_grad
@@ -128,8 +150,8 @@ class MaskedModule(ScoreStorage):
         graph = torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)
         if not graph and not torch.compiler.is_compiling():
             return self.dense(prefix).view_as(weight)
-        bits, _ = self._bits_and_dense(prefix)
-        return rmt_kernels.masked_weight(self._weight(prefix), bits, self._routed_scores(prefix)).view_as(weight)
+        masked = rmt_kernels.masked_weight(self._weight(prefix), self._bits(prefix), self._routed_scores(prefix))
+        return masked.view_as(weight)
 
     def _apply(self, fn, recurse: bool = True):
         # Scores stay fp32 through .half() and .bfloat16(): Adam steps of 8e-5 on 1e-2 vanish in 16 bits.

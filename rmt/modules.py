@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rmt_kernels
+
 from .masked import INIT, THRESHOLD, MaskedModule
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -110,8 +112,27 @@ class AutocastConv(torch.autograd.Function):
         (x, low), (need_x, _, need_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
         with torch.autocast(g.device.type, enabled=False):
             dx = torch.nn.grad.conv2d_input(x.shape, low, g, *ctx.options) if need_x else None
-            dw = torch.nn.grad.conv2d_weight(x.float(), low.shape, g.float(), *ctx.options)
+            if patches(ctx.options, low):
+                rows = g.flatten(2).transpose(1, 2).flatten(0, 1), patch_rows(x, low.shape[2:])
+                dw = torch.empty(low.flatten(1).shape, device=g.device)
+                rmt_kernels.weight_grad_(dw, *rows)
+                dw = dw.view(low.shape)
+            else:
+                dw = torch.nn.grad.conv2d_weight(x.float(), low.shape, g.float(), *ctx.options)
         return dx, dw, g.sum((0, 2, 3)) if need_bias else None, None, None
+
+
+def patches(options: tuple, weight: Tensor) -> bool:
+    """Whether a convolution (stride, padding, dilation, groups) cuts an image into patches that do not overlap."""
+    stride, padding, dilation, groups = options
+    return (tuple(stride), tuple(padding), tuple(dilation), groups) == (tuple(weight.shape[2:]), (0, 0), (1, 1), 1)
+
+
+def patch_rows(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) images -> rows of C * kh * kw, one a patch in reading order; what fills no patch is left out."""
+    (kh, kw), (h, w) = size, (x.shape[2] // size[0], x.shape[3] // size[1])
+    x = x[:, :, : h * kh, : w * kw].unflatten(3, (w, kw)).unflatten(2, (h, kh))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
 
 
 def need_plain(module: Any, kind: type) -> None:

@@ -1,4 +1,8 @@
-"""Adam over mask scores: one call updates every layer's scores, bits and cached masked weight."""
+"""Adam over mask scores: one call does all weight-sized work of a step, for every layer at once.
+
+Where `rmt.backward` has left both gradients in this optimizer's buffers that is gradient dropout, L2 term, Adam,
+threshold, repacking and the refreshed masked weight; where `.grad` is set, all but the first two.
+"""
 
 import math
 from collections.abc import Iterable
@@ -8,23 +12,30 @@ from torch import Tensor, nn
 
 import rmt_kernels
 
+from .gradients import Dropout, Gradients
 from .masked import Mask, masks
+
+# Formats of Adam's two moments -> bytes a score. bf16 and 8 bits are rounded stochastically: see mask_update_.
+STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+BLOCK = 256  # scores that share an exponent in 8 bits
 
 
 class MaskAdam(torch.optim.Optimizer):
-    """`torch.optim.Adam` (no weight decay) fused with thresholding and repacking.
+    """`torch.optim.Adam` (no weight decay) fused with gradient dropout, thresholding and repacking.
 
     Args:
         model: a model with masked modules, or their masks.
-        lr: step size. Learning-rate schedulers of torch work.
+        lr: step size, a number or a 0-d tensor on the scores' device. Learning-rate schedulers of torch work.
         betas, eps: Adam's.
+        state: format of the moments: "fp32" (8 bytes a score), "bf16" (4) or "8bit" (2).
+        capturable: count steps on the device, as a CUDA graph needs it.
 
-    Raises: ValueError where there is nothing to train, or masks differ in threshold.
+    Raises: ValueError where there is nothing to train, masks differ in threshold, or for an unknown state.
     """
 
     def __init__(
-        self, model: nn.Module | Iterable[Mask], lr: float = 8e-5, betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        self, model: nn.Module | Iterable[Mask], lr: float | Tensor = 8e-5, betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8, state: str = "fp32", capturable: bool = False,
     ) -> None:  # fmt: skip
         self.masks = masks(model) if isinstance(model, nn.Module) else list(model)
         if not self.masks:
@@ -33,15 +44,105 @@ class MaskAdam(torch.optim.Optimizer):
         if len(thresholds) > 1:
             raise ValueError(f"all masks must have one threshold, got {sorted(thresholds)}")
         self.threshold = thresholds.pop()
-        for name, value in {"lr": lr, "eps": eps}.items():
+        for name, value in {"lr": float(lr), "eps": eps}.items():
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number from 0 up, got {value!r}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas!r}")
-        super().__init__([m.scores for m in self.masks], {"lr": lr, "betas": betas, "eps": eps, "step": 0})
+        if state not in STATES:
+            raise ValueError(f"state must be one of {', '.join(STATES)}, got {state!r}")
+        step = torch.zeros((), dtype=torch.int64, device=self.masks[0].scores.device) if capturable else 0
+        self._reset(state, capturable)
+        super().__init__([m.scores for m in self.masks], {"lr": lr, "betas": betas, "eps": eps, "step": step})
+
+    def _reset(self, state: str, capturable: bool) -> None:
+        self.state_format, self.capturable = state, capturable
+        self.gradients = Gradients(self.masks)
+        self.has_parts = False
+        self._dropout: Dropout | None = None
+        device = self.masks[0].scores.device
+        self._norms = torch.zeros(len(self.masks), device=device)
+        self.counts = torch.zeros(len(self.masks), 2, dtype=torch.int64, device=device)
+        # The masks' versions that norms, and counts, belong to.
+        self._seen: tuple | None = None
+        self._counted: tuple | None = None
 
     def __getstate__(self) -> dict:
-        return super().__getstate__() | {"masks": self.masks, "threshold": self.threshold}
+        kept = {"masks", "threshold", "state_format", "capturable"}
+        return super().__getstate__() | {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "masks" in state:  # a copy, not a loaded state dict
+            self._reset(self.state_format, self.capturable)
+            self._adopt_norms()
+
+    def take(self, dropout: Dropout, more: bool) -> None:
+        """What `rmt.backward` calls once it has filled `gradients`: the next step is of them, unless there are more."""
+        self.has_parts, self._dropout = more, None if more else dropout
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets gradients, those in the buffers too."""
+        self.has_parts, self._dropout = False, None
+        self.gradients.clear()
+        super().zero_grad(set_to_none)
+
+    def set_lr(self, lr: float) -> None:
+        """Of the next step; a learning rate on the device is written there."""
+        group = self.param_groups[0]
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As torch's. Raises ValueError where the moments have another format."""
+        want = STATES[self.state_format]
+        for state in state_dict["state"].values():
+            if state["exp_avg"].dtype != want:
+                raise ValueError(f"moments must be {want} (state={self.state_format!r}), got {state['exp_avg'].dtype}")
+        groups = self.param_groups
+        super().load_state_dict(state_dict)
+        for group, before in zip(self.param_groups, groups):
+            for name in ("step", "lr"):
+                if isinstance(before[name], Tensor):
+                    group[name] = before[name].copy_(torch.as_tensor(group[name]))
+        # torch gives every moment the dtype of its scores, fp32, which holds the others exactly.
+        for state in self.state.values():
+            state |= {k: v.to(torch.uint8 if k.endswith("scale") else want) for k, v in state.items() if k != "norm"}
+        self._adopt_norms()
+
+    def _adopt_norms(self) -> None:
+        """Takes over the norms that a loaded state brings, if they are those of the scores, to go on to the same bits.
+
+        The update's own sums and torch's norm differ in the last bits.
+        """
+        self._refresh_norms()
+        for norm, mask in zip(self._norms, self.masks):
+            state = self.state.get(mask.scores)
+            if state:
+                if torch.isclose(state["norm"], norm, rtol=1e-4):
+                    norm.copy_(state["norm"])
+                state["norm"] = norm
+
+    def _refresh_norms(self) -> None:
+        """Norms of the scores as they are, unless the last step has left them."""
+        if self._seen != self._versions():
+            with torch.no_grad():
+                self._norms.copy_(torch.stack([m.scores.norm() for m in self.masks]))
+            self._seen = self._versions()
+
+    def all_on(self) -> bool:
+        """Whether every bit of every mask is on: the model is then the frozen one, bit for bit.
+
+        Counted anew where scores have changed since the last step; after a step that one has counted. Waits for the
+        device where it has to count or to ask.
+        """
+        if self._counted != self._versions():
+            on = [int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
+            self.counts[:, 1] = torch.tensor(on)
+            self._counted = self._versions()
+        return self.counts[:, 1].tolist() == [m.weight.numel() for m in self.masks]
+
+    def _versions(self) -> tuple:
+        return tuple(v for m in self.masks for v in (m.scores._version, m.scores.data_ptr(), m.bits._version))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -50,43 +151,76 @@ class MaskAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group = self.param_groups[0]
-        live = [m for m in self.masks if m.scores.grad is not None]
+        dropout, self._dropout = self._dropout, None
+        live = self.gradients.live if dropout else [i for i, m in enumerate(self.masks) if m.scores.grad is not None]
         if not live:
             return loss
+        group = self.param_groups[0]
         # One count for all: a mask that had no gradient in some step is bias-corrected as if it had.
-        step = group["step"] = group["step"] + 1
-        for mask in live:
-            if not self.state[mask.scores]:
-                averages = (torch.zeros_like(mask.scores) for _ in range(2))
-                self.state[mask.scores] = dict(zip(("exp_avg", "exp_avg_sq"), averages))
-        step = torch.tensor(step, device=live[0].scores.device)
+        group["step"] += 1
+        for i in live:
+            self._make_state(i)
+        self._refresh_norms()
+        step = torch.as_tensor(group["step"], device=self._norms.device)
         factors = rmt_kernels.adam_factors(step, group["lr"], *group["betas"])
-        self._update_full([m for m in live if m.selected is None], factors)
-        self._update_compact([m for m in live if m.selected is not None], factors)
+        for compact in (False, True):
+            part = [i for i in live if (self.masks[i].selected is not None) == compact]
+            if part:
+                self._update(part, dropout, factors, step, compact)
+        self.gradients.clear()
+        self._seen = self._counted = self._versions()
         return loss
 
-    def _update_full(self, live: list[Mask], factors: Tensor) -> None:
-        self._update(
-            live, [m.scores for m in live], [m.bits for m in live], factors,
-            dense=[m.dense for m in live], weights=[m.weight.contiguous() for m in live],
-        )  # fmt: skip
-        for mask in live:
-            mask.module.mark_fresh(mask.prefix)
+    def _make_state(self, i: int) -> None:
+        scores = self.masks[i].scores
+        if not self.state[scores]:
+            dtype = STATES[self.state_format]
+            state = {name: torch.zeros_like(scores, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+            if dtype == torch.uint8:
+                blocks = -(-scores.numel() // BLOCK)
+                state |= {f"{name}_scale": scores.new_zeros(blocks, dtype=torch.uint8) for name in list(state)}
+            self.state[scores] = state | {"norm": self._norms[i]}
 
-    def _update_compact(self, live: list[Mask], factors: Tensor) -> None:
-        rows = [m.scores.view(1, -1) for m in live]
-        words = [torch.empty(1, -(-r.shape[1] // 32), dtype=torch.int32, device=r.device) for r in rows]
-        self._update(live, rows, words, factors)
-        for mask in live:
-            mask.refresh()
-
-    def _update(
-        self, live: list[Mask], scores: list[Tensor], bits: list[Tensor], factors: Tensor, **dense: list[Tensor]
-    ) -> None:
-        group, states = self.param_groups[0], [self.state[m.scores] for m in live]
-        averages = [[s[name].view_as(v) for s, v in zip(states, scores)] for name in ("exp_avg", "exp_avg_sq")]
+    def _update(self, live: list[int], dropout: Dropout | None, factors: Tensor, step: Tensor, compact: bool) -> None:
+        found, group = [self.masks[i] for i in live], self.param_groups[0]
+        # Compact scores (S,) go as one row, with words of their own.
+        rows = [m.scores.view(1, -1) if compact else m.scores for m in found]
+        states = [self.state[m.scores] for m in found]
+        averages = [[s[name].view_as(r) for s, r in zip(states, rows)] for name in ("exp_avg", "exp_avg_sq")]
+        words = (rmt_kernels.pack_scores(r.detach(), self.threshold) for r in rows)
+        bits = list(words) if compact else [m.bits for m in found]
+        grads, options = self._gradients(live, rows, dropout, step)
+        if not compact:
+            dense = [m.module.kept(m.prefix) for m in found]
+            options |= {"weights": [m.weight.contiguous() for m in found], "dense": dense}
+        if self.state_format == "8bit":
+            options |= {"scales": [s[name] for s in states for name in ("exp_avg_scale", "exp_avg_sq_scale")]}
+        whole = len(live) == len(self.masks)
+        norms, counts = (self._norms, self.counts) if whole else (self._norms[live], self.counts[live])
         rmt_kernels.mask_update_(
-            scores, bits, *averages, [m.scores.grad.view_as(v) for m, v in zip(live, scores)], factors, **dense,
-            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
+            rows, bits, *averages, grads, factors, **options, norms=norms, counts=counts, beta1=group["betas"][0],
+            beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
         )  # fmt: skip
+        if compact:
+            others = [m.weight.numel() - m.scores.numel() for m in found]
+            counts[:, 1] += torch.tensor(others, device=counts.device)
+        if not whole:
+            self._norms[live], self.counts[live] = norms, counts
+        for mask in found:
+            mask.refresh() if compact else mask.module.mark_fresh(mask.prefix)
+
+    def _gradients(
+        self, live: list[int], rows: list[Tensor], dropout: Dropout | None, step: Tensor
+    ) -> tuple[list[Tensor], dict]:
+        """The task gradients, and the options of `mask_update_` that go with them."""
+        options = {"streams": live}
+        if dropout is None:
+            # The moments' stochastic rounding draws, whether gradients are dropped or not.
+            options |= {"rng": torch.stack([torch.zeros_like(step), step])}
+            return [self.masks[i].scores.grad.view_as(r) for i, r in zip(live, rows)], options
+        pairs = [self.gradients.pair(i, dropout.general) for i in live]
+        options |= {"rng": dropout.rng, "strength": dropout.strength, "l2": dropout.l2}
+        options |= {"chained": [chained for *_, chained in pairs]}
+        if dropout.general:
+            options |= {"generals": [b.view_as(r) for (_, b, _), r in zip(pairs, rows)]}
+        return [a.view_as(r) for (a, *_), r in zip(pairs, rows)], options

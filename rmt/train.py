@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import clip
-from .backward import backward
 from .checkpoint import count_on
 from .config import TrainConfig, UserError
 from .data import prefetch
+from .graph import CapturedStep
 from .masked import Mask, masks
 from .optim import MaskAdam
 from .resume import Resume
+from .step import Step
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -42,16 +43,18 @@ def tune(
     Raises: UserError for a loss that is not finite, before that step's scores are kept anywhere.
     """
     found = masks(model)
-    optimizer = MaskAdam(found, lr=rates[0])
+    lr = torch.tensor(rates[0], device=found[0].scores.device) if config.graph else rates[0]
+    optimizer = MaskAdam(found, lr=lr, state=config.adam, capturable=config.graph)
+    take = (CapturedStep if config.graph else Step)(model, text, optimizer, config, seed=seed)
     steps = range(resume.steps_done if resume else 0, len(rates))
     meter = Meter(found, config.temperature, resume.load(optimizer) if resume else None)
     for step, (image, label) in zip(steps, prefetch(batches, steps)):
-        outputs = gradients(model, text, image, label, found, config, seed=seed, step=step)
-        optimizer.param_groups[0]["lr"] = rates[step]
+        optimizer.set_lr(rates[step])
         try:
-            optimizer.step()
+            outputs = take(image, label, step)
         except ValueError as error:
-            meter.losses(*outputs)  # a loss that is not finite says so itself
+            if take.outputs:
+                meter.losses(*take.outputs)  # a loss that is not finite says so itself
             raise UserError(f"step {step + 1}: {error}") from error
         last = step + 1 == len(rates)
         if (step + 1) % config.log_every == 0 or last:
@@ -59,42 +62,6 @@ def tune(
         tick(step + 1)
         if resume:
             resume.save(optimizer, step + 1, meter.logged, last=last)
-
-
-def gradients(
-    model: nn.Module, text: Tensor | clip.Text, image: Tensor, label: Tensor, found: list[Mask], config: TrainConfig,
-    *, seed: int, step: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One student forward, one teacher forward without a graph and two backward passes, into every `scores.grad`.
-
-    No loss is scaled: the sign test has an absolute constant, GDR_EPS. With `accumulate` the batch comes in parts whose
-    gradients are summed, task and general apart, before the test. Returns logits, teacher logits (B, C) and labels.
-    """
-    device, pending, outputs = found[0].scores.device, [] if config.accumulate > 1 else None, []
-    parts = list(zip(image.chunk(config.accumulate), label.chunk(config.accumulate)))
-    for n, (x, y) in enumerate(parts):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            teacher = clip.frozen_logits(model, x, text.teacher() if isinstance(text, clip.Text) else text)
-            logits = clip.logits(model, x, text.student() if isinstance(text, clip.Text) else text)
-        task, general = losses(logits.float(), teacher.float(), y, config.temperature)
-        share = len(x) / len(image)
-        backward(
-            task * share, general * share, found, strength=config.strength, seed=seed, step=step, l2=config.l2,
-            pending=pending, more=n + 1 < len(parts),
-        )  # fmt: skip
-        outputs.append((logits.detach().float(), teacher.float(), y))
-    return tuple(torch.cat(t) for t in zip(*outputs))
-
-
-def losses(logits: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Task loss: cross entropy. General loss: T^2 * H(softmax(teacher / T), softmax(logits / T)), official KLLoss.
-
-    logits, teacher: (B, C) fp32. The L2 term joins the task's gradient in `rmt.backward`.
-    """
-    t = temperature
-    general = -((teacher / t).softmax(1) * (logits / t).log_softmax(1)).sum(1).mean() * t * t
-    return F.cross_entropy(logits, label), general
 
 
 class Meter:

@@ -15,6 +15,7 @@ from .ops import (
     rng_state,
     unpack_bits,
     weight_grad_,
+    weight_gradients_to,
 )
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
 
@@ -39,4 +40,5 @@ __all__ = [
     "unpack_bits",
     "use_backend",
     "weight_grad_",
+    "weight_gradients_to",
 ]  # fmt: skip

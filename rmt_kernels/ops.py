@@ -5,8 +5,10 @@ that has it. Formulas and shapes: `reference.py`. Bad input raises ValueError or
 describe outputs.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -96,19 +98,41 @@ for _name, _schema in _SCHEMAS.items():
 _ops = torch.ops.rmt_kernels
 
 
+# {id of scores: where products over them bring what their weight gradient is made of}. Not per thread: autograd runs a
+# device's backward in a thread of its own.
+_sinks: dict[int, Callable[[Tensor, Tensor | None], None]] = {}
+
+
+@contextlib.contextmanager
+def weight_gradients_to(sinks: dict[Tensor, Callable[[Tensor, Tensor | None], None]]) -> Iterator[None]:
+    """Inside, a backward pass makes no gradient of these scores: each product calls its scores' sink in place of it.
+
+    sinks: {scores (N, K): sink}. `masked_linear` calls sink(g, x) with the rows g (M, N), x (M, K) of its weight
+    gradient g.T @ x; `masked_weight` calls sink(g, None) with that gradient (N, K). No factor W is in either.
+    Products compiled by torch.compile know no sinks and make gradients of the scores.
+    """
+    mine = {id(scores): sink for scores, sink in sinks.items()}
+    _sinks.update(mine)
+    try:
+        yield
+    finally:
+        for key in mine:
+            _sinks.pop(key, None)
+
+
 def _masked_linear_setup(ctx, inputs, output):
     x, weight, bits, _bias, dense, scores = inputs
     ctx.save_for_backward(x, weight, bits, dense)
-    # What `rmt.backward` looks for when it walks the graph.
-    ctx.rmt_op, ctx.scores_dtype = "masked_linear", None if scores is None else scores.dtype
-    ctx.rows = x.numel() // x.shape[-1]
+    ctx.scores_id, ctx.scores_dtype = id(scores), None if scores is None else scores.dtype
 
 
 def _masked_linear_backward(ctx, g):
     x, weight, bits, dense = ctx.saved_tensors
     need_x, need_weight, _, need_bias, _, need_scores = ctx.needs_input_grad[:6]
-    # needs_input_grad is what the forward saw: it does not know that `rmt.backward` takes this node's cotangent itself.
-    need_scores = need_scores and not getattr(ctx, "rmt_taken", False)
+    sink = _sinks.get(ctx.scores_id) if need_scores else None
+    if sink is not None:
+        sink(_rows(g), _rows(x))
+        need_scores = False
     dx = _ops.masked_linear_dx(g, weight, bits, dense) if need_x else None
     rows = (_rows(x), _rows(g)) if need_weight or need_scores else None
     d_weight = d_scores = None
@@ -123,12 +147,16 @@ def _masked_linear_backward(ctx, g):
 def _masked_weight_setup(ctx, inputs, output):
     weight, bits, scores = inputs
     ctx.save_for_backward(weight, bits)
-    ctx.rmt_op, ctx.scores_dtype = "masked_weight", None if scores is None else scores.dtype
+    ctx.scores_id, ctx.scores_dtype = id(scores), None if scores is None else scores.dtype
 
 
 def _masked_weight_backward(ctx, g):
     weight, bits = ctx.saved_tensors
     d_weight = _ops.masked_weight(g.contiguous(), bits, None) if ctx.needs_input_grad[0] else None
+    sink = _sinks.get(ctx.scores_id) if ctx.needs_input_grad[2] else None
+    if sink is not None:
+        sink(g, None)
+        return d_weight, None, None
     d_scores = (g.to(ctx.scores_dtype) * weight).to(ctx.scores_dtype) if ctx.needs_input_grad[2] else None
     return d_weight, None, d_scores
 

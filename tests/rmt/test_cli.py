@@ -422,7 +422,7 @@ def test_what_the_user_can_mend_is_one_line_and_a_fault_of_ours_is_not(monkeypat
 
 
 def test_ctrl_c_ends_with_130_and_one_line_and_the_run_goes_on(files, run, tmp_path, capsys, monkeypatch):
-    real, calls = rmt.train.gradients, []
+    real, calls = rmt.step.gradients, []
 
     def gradients(*args, **kwargs):
         calls.append(1)
@@ -430,7 +430,7 @@ def test_ctrl_c_ends_with_130_and_one_line_and_the_run_goes_on(files, run, tmp_p
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("rmt.train.gradients", gradients)
+    monkeypatch.setattr("rmt.step.gradients", gradients)
     assert train(files, tmp_path / "run") == 130
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["rmt: stopped; what is finished is kept, and the same command goes on from there"]

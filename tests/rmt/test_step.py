@@ -1,6 +1,5 @@
 """What one step costs: one forward of the student, one of the teacher without a graph, two backward passes."""
 
-import weakref
 from collections import Counter
 
 import pytest
@@ -14,11 +13,11 @@ from rmt.config import MaskConfig, TrainConfig
 from rmt.masked import MaskedModule, masks
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
-from rmt.train import gradients, tune
+from rmt.step import gradients
+from rmt.train import tune
 
 TEXT = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(7)), dim=-1)
-# A layer takes 17 rows an image, and its cotangents while those are no more than its 64 columns.
-FEW, MANY = 3, 8
+IMAGES = 3
 
 
 def batch(images):
@@ -35,24 +34,19 @@ def model():
 
 
 class Ops(TorchDispatchMode):
-    """Counts ops, and how many weight-shaped tensors are alive that are neither the model's nor a result."""
+    """Counts ops, and how many tensors of a masked weight's shape are made."""
 
-    def __init__(self, found, held=()):
+    def __init__(self, found):
         super().__init__()
-        self.found, self.calls, self.refs, self.most = found, Counter(), [], 0
-        self.shapes = {
-            tuple(s) for m in found for s in (m.weight.shape, m.module._parameters[m.prefix + "weight"].shape)
-        }
-        self.held = {t.untyped_storage().data_ptr() for t in held}
+        self.calls, self.made = Counter(), 0
+        self.shapes = {tuple(m.weight.shape) for m in found}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.calls[func.overloadpacket.__name__] += 1
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         new = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and tuple(t.shape) in self.shapes]
-        self.refs = [r for r in self.refs if r() is not None] + [weakref.ref(t) for t in new]
-        results = {m.scores.grad.untyped_storage().data_ptr() for m in self.found if m.scores.grad is not None}
-        alive = {r().untyped_storage().data_ptr() for r in self.refs} - self.held - results
-        self.most = max(self.most, len(alive))
+        self.made += sum(t.untyped_storage().data_ptr() not in given for t in new)
         return out
 
 
@@ -65,34 +59,70 @@ def test_a_step_is_two_forwards_and_two_backwards_that_leave_the_teacher_alone(m
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or grad(*a, **k))
     monkeypatch.setattr(torch.Tensor, "backward", None)
     with Ops(masks(model)) as ops:
-        tune(model, TEXT, lambda step: batch(FEW), [1e-3] * 2, TrainConfig(strength=1.0))
+        tune(model, TEXT, lambda step: batch(IMAGES), [1e-3] * 2, TrainConfig(strength=1.0))
     student, teacher = (True, True, {True}), (False, False, {False})
     assert sorted(forwards) == [teacher, teacher, student, student]
     assert len(backwards) == 2 * 2
     # Two blocks of two masked products each; in a backward pass every one of them has one input cotangent.
     assert ops.calls["masked_linear"] == 2 * 4 and ops.calls["masked_linear_dx"] == 2 * 2 * 4
-    assert ops.calls["mask_grad"] == 2 * 4
+    # Each of the two passes makes a weight gradient of every masked product; the convolution hands over its own.
+    assert ops.calls["weight_grad_"] == 2 * 2 * 4 and ops.calls["mask_grad"] == ops.calls["gradient_dropout"] == 0
+    assert ops.calls["mask_update_"] == 2
+
+
+def test_while_no_bit_is_off_a_step_is_one_forward_and_one_backward(monkeypatch):
+    model, backwards, forwards, grad = tiny.model(), [], [], torch.autograd.grad
+    optimizer = MaskAdam(apply_masks(model, MaskConfig(targets=("attention",))), lr=1e-3)
+    model.visual.register_forward_pre_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: backwards.append(1) or grad(*a, **k))
+    config = TrainConfig(strength=1.0)
+    for step in range(2):
+        gradients(model, TEXT, *batch(IMAGES), optimizer, config, seed=1, step=step)
+        optimizer.step()
+    assert forwards == [True, True] and len(backwards) == 2 and optimizer.all_on()
+    with torch.no_grad():
+        optimizer.masks[-1].scores[3, 5] = 0.0
+    assert not optimizer.all_on()
+    gradients(model, TEXT, *batch(IMAGES), optimizer, config, seed=1, step=2)
+    assert forwards == [True, True, False, True] and len(backwards) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_one_forward_for_both_gives_the_same_bits(precision, strength):
+    """Until the first flip and past it, against the same steps with a teacher's forward and a second backward pass."""
+    runs, config = [], TrainConfig(strength=strength, precision=precision)
+    for always in (False, True):
+        model = tiny.model()
+        optimizer = MaskAdam(apply_masks(model, MaskConfig()), lr=1e-3)
+        on = []
+        for step in range(8):
+            on.append(optimizer.all_on())
+            alike = False if always else None
+            gradients(model, TEXT, *batch(IMAGES), optimizer, config, seed=1, step=step, alike=alike)
+            optimizer.step()
+        assert on[:3] == [True] * 3 and not on[-1]
+        runs.append([mask.scores.detach() for mask in optimizer.masks])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
 def test_the_teacher_has_no_graph(model):
-    _, teacher, _ = gradients(model, TEXT, *batch(FEW), masks(model), TrainConfig(strength=1.0), seed=1, step=0)
+    optimizer = MaskAdam(model, lr=1e-3)
+    _, teacher, _ = gradients(model, TEXT, *batch(IMAGES), optimizer, TrainConfig(strength=1.0), seed=1, step=0)
     assert not teacher.requires_grad and teacher.grad_fn is None
-    assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("scores"))
+    assert all(p.grad is None for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("images", [FEW, MANY], ids=["by cotangents", "by autograd"])
-def test_no_weight_sized_temporary_lives_between_layers(images):
-    """Few rows: none at all but the result in flight. Many rows: for each mask its task gradient or the final one
-    that takes its place as soon as the general gradient arrives; one more is in flight, and one a view's copy."""
+@pytest.mark.parametrize("targets", [("attention",), ("attention", "mlp", "conv")])
+def test_after_the_first_step_nothing_weight_sized_is_allocated(targets):
+    """But by a convolution: its own backward makes its weight gradient, its forward the masked weight."""
     model = tiny.model()
-    found = apply_masks(model, MaskConfig(targets=("attention",)))
+    found = apply_masks(model, MaskConfig(targets=targets))
+    for mask in found:
+        torch.nn.init.uniform_(mask.scores, 4e-3, 1e-2)
     optimizer = MaskAdam(found, lr=1e-3)
     for step in range(2):
-        held = [*model.parameters(), *model.buffers(), *(m.dense for m in found)]
-        held += [t for state in optimizer.state.values() for t in state.values()]
-        optimizer.zero_grad()
-        with Ops(found, held) as ops:
-            gradients(model, TEXT, *batch(images), found, TrainConfig(strength=1.0), seed=1, step=step)
-        optimizer.step()
-        assert ops.calls["mask_grad"] == (1 if images == FEW else 2) * len(found)
-        assert ops.most <= (0 if images == FEW else len(found)) + 2
+        with Ops([m for m in found if "conv" not in m.key]) as ops:
+            gradients(model, TEXT, *batch(IMAGES), optimizer, TrainConfig(strength=1.0), seed=1, step=step)
+            optimizer.step()
+        assert (ops.made > 0) == (step == 0)

@@ -1,0 +1,83 @@
+"""One training step: both forwards, both backward passes, the update."""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rmt_kernels
+
+from . import clip
+from .backward import backward
+from .config import TrainConfig
+from .optim import MaskAdam
+from .tail import class_token_tail
+
+
+class Step:
+    """One step after the other, each run as it stands.
+
+    Args:
+        model: a masked model. text: (C, D) text features, or a `clip.Text` where the text tower has masks.
+        optimizer: of the model's masks. config: a resolved one. seed: of the draws.
+    """
+
+    def __init__(
+        self, model: nn.Module, text: Tensor | clip.Text, optimizer: MaskAdam, config: TrainConfig, *, seed: int
+    ) -> None:
+        self.model, self.text, self.optimizer, self.config, self.seed = model, text, optimizer, config, seed
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, image: Tensor, label: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, teacher logits (B, C) and labels, before the update. Raises ValueError for scores that became NaN."""
+        self.outputs = gradients(
+            self.model, self.text, image, label, self.optimizer, self.config, seed=self.seed, step=step
+        )
+        self.optimizer.step()
+        return self.outputs
+
+
+def gradients(
+    model: nn.Module, text: Tensor | clip.Text, image: Tensor, label: Tensor, optimizer: MaskAdam, config: TrainConfig,
+    *, seed: int | Tensor, step: int | Tensor, alike: bool | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One student forward, one teacher forward without a graph and two backward passes, into the optimizer's buffers.
+
+    No loss is scaled: the sign test has an absolute constant, GDR_EPS. With `accumulate` the batch comes in parts whose
+    gradients are summed, task and general apart, before the test. Returns logits, teacher logits (B, C) and labels.
+
+    With `shortcuts`: while every bit is on, student and teacher are one model. One forward serves both, and the general
+    cotangent is 0, which no pass need carry through the network: a step then costs half, to the same bits. And the last
+    block's tail runs for the class token alone (`rmt.tail`). `alike` says whether every bit is on; None: ask the masks.
+    """
+    device, outputs = optimizer.masks[0].scores.device, []
+    if alike is None:
+        alike = config.shortcuts and optimizer.all_on()
+    # Neither dropout in the towers nor text that is masked: what else could tell the two apart.
+    alike = alike and not model.training and not (isinstance(text, clip.Text) and text.masked)
+    parts = list(zip(image.chunk(config.accumulate), label.chunk(config.accumulate)))
+    for n, (x, y) in enumerate(parts):
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        logits, teacher = both_logits(model, text, x, config, alike)
+        share = len(x) / len(image)
+        general = rmt_kernels.logit_cotangents(logits.detach(), teacher, y, config.temperature)[1]
+        backward(
+            F.cross_entropy(logits, y) * share, 0 if alike else (logits, general * share), optimizer,
+            strength=config.strength, seed=seed, step=step, l2=config.l2, more=n + 1 < len(parts),
+        )  # fmt: skip
+        outputs.append((logits.detach(), teacher, y))
+    return tuple(torch.cat(t) for t in zip(*outputs))
+
+
+def both_logits(
+    model: nn.Module, text: Tensor | clip.Text, image: Tensor, config: TrainConfig, alike: bool
+) -> tuple[Tensor, Tensor]:
+    """Student's (B, C) logits with a graph, and the teacher's; `alike`: no bit is off, so that they are the same."""
+    tail = class_token_tail(model) if config.shortcuts else contextlib.nullcontext()
+    with tail, torch.autocast(image.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        # The teacher first: its activations are gone before the student's are kept.
+        if not alike:
+            teacher = clip.frozen_logits(model, image, text.teacher() if isinstance(text, clip.Text) else text)
+        logits = clip.logits(model, image, text.student() if isinstance(text, clip.Text) else text)
+    return logits, logits.detach() if alike else teacher
