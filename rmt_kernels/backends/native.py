@@ -42,7 +42,9 @@ def update_lacks(
     stored = {t.dtype for group in (exp_avgs, exp_avg_sqs) for t in group}
     if len(stored) > 1 or not stored <= MOMENTS.keys():
         return f"moments in {', '.join(sorted(map(str, stored)))}"
-    if any(d.dtype != w.dtype and (d.dtype, w.dtype) != (torch.bfloat16, torch.float32) for d, w in zip(dense, weights)):
+    if any(
+        d.dtype != w.dtype and (d.dtype, w.dtype) != (torch.bfloat16, torch.float32) for d, w in zip(dense, weights)
+    ):
         return "dense and weight differ in dtype"
     if any(len({t.dtype for t in group}) > 1 for group in (weights, dense)):
         return "weights of several dtypes in one call"
