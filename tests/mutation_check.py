@@ -20,6 +20,8 @@ LEFT_OUT = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", 
 REFERENCE = ["tests/kernels/test_reference.py"]
 CPU = ["tests/kernels/test_cpu.py", "-k", "not narrower"]
 WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
+UPDATE = ["tests/kernels/test_update.py", "-k", "cpu"]
+EMULATED = ["tests/kernels/test_update.py", "-k", "emulator"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
 DISPATCH = ["tests/kernels/test_dispatch.py"]
@@ -45,20 +47,27 @@ MUTATIONS = [
     ("betas swapped", "rmt_kernels/reference.py", "m.lerp_(g, 1 - beta1)", "m.lerp_(g, 1 - beta2)", REFERENCE),
     ("threshold not strict when packing", "csrc/cpu/elementwise.cpp",
      "compare32(s, threshold)", "compare32(s, std::nextafter(threshold, -1.0f))", [*OPS, "-k", "at_the_threshold"]),
-    ("threshold not strict in the update", "csrc/cpu/elementwise.cpp",
-     "compare32(p.scores + first, p.threshold)", "compare32(p.scores + first, std::nextafter(p.threshold, -1.0f))",
+    ("threshold not strict in the update", "csrc/cpu/mask_update.cpp",
+     "compare32(s, p.threshold)", "compare32(s, std::nextafter(p.threshold, -1.0f))",
      [*OPS, "-k", "at_the_threshold"]),
     ("tail mask off by one", "csrc/cpu/elementwise.cpp",
      "bits[word] = compare32(s, threshold) & tail_mask(count)",
      "bits[word] = compare32(s, threshold) & tail_mask(count + 1 < 32 ? count - 1 : count)", CPU),
-    ("eps dropped", "csrc/cpu/elementwise.cpp", "std::fabs(b) + 1e-8f)", "std::fabs(b) + 1e-30f)", CPU),
-    ("draw of a neighbour", "csrc/cpu/elementwise.cpp",
-     "if (kDropout) uniform32(p.draw, static_cast<uint64_t>(first) / 4, u);",
-     "if (kDropout) uniform32(p.draw, static_cast<uint64_t>(first) / 4 + 1, u);", CPU),
-    ("flipped word not rewritten", "csrc/cpu/elementwise.cpp",
-     "now != p.bits[word]) select_any", "now < p.bits[word]) select_any",
-     [*CPU[:1], *OPTIM, *CPU[1:]]),
-    ("second moment without its rest", "csrc/cpu/elementwise.cpp",
+    ("eps dropped", "csrc/cpu/gradient.h", "std::fabs(b[j]) + 1e-8f)", "std::fabs(b[j]) + 1e-30f)", CPU),
+    ("draw of a neighbour", "csrc/cpu/gradient.h",
+     "static_cast<uint64_t>(first + j) / 4, words + j)", "static_cast<uint64_t>(first + j) / 4 + 1, words + j)", CPU),
+    ("flipped word not rewritten", "csrc/cpu/mask_update.cpp",
+     "if (now == before) continue;", "if (now >= before) continue;", [*CPU[:1], *OPTIM, *CPU[1:]]),
+    ("rounding by the numbers of the dropout", "csrc/cpu/mask_update.cpp",
+     "rounding.stream += kRoundingStream", "rounding.stream += 0", UPDATE),
+    ("moments cut off, not rounded", "csrc/cpu/moments.h", "(above + (r << 4) + 8) >> 20", "above >> 20", UPDATE),
+    ("norm of the scores before", "csrc/cpu/mask_update.cpp",
+     "if (p.squares) sums.squares += squares_of(s)", "if (p.squares && at) sums.squares += squares_of(s)", UPDATE),
+    ("draw of a ragged row", "csrc/cuda/method.cuh", "if (skip == 0) return;", "return;", EMULATED),
+    ("exponent of half a block", "csrc/cuda/mask_update.cu",
+     "max(mine[0], largest[0][warp ^ 1])", "max(mine[0], largest[0][warp])", EMULATED),
+    ("exp_avg_sq rounded to 0", "rmt_kernels/reference.py", "if signed else size > 0", "if signed else size > 1", UPDATE),
+    ("second moment without its rest", "csrc/cpu/mask_update.cpp",
      "v[j] * beta2 + rest2 * gj * gj", "v[j] * beta2 + rest2 * gj", CPU),
     ("bias missing", "csrc/cpu/masked_linear.cpp", "P::total(acc[r][m]) + bias", "P::total(acc[r][m]) + bias * 0", CPU),
     ("task's bits not advanced", "csrc/cpu/masked_linear.cpp",

@@ -6,7 +6,7 @@ import pytest
 from helpers import need_gpu
 from kernels import cuda_on_cpu
 
-from rmt_kernels.backends import cuda
+from rmt_kernels.backends import cpu, cuda, native
 
 
 @pytest.fixture(scope="session")
@@ -17,16 +17,29 @@ def emulated(tmp_path_factory):
     return cuda_on_cpu.build(tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the tensors live; `rmt_kernels.backends.cuda` runs there."""
-    if request.param == "gpu":
+def cuda_backend(where: str, request, monkeypatch) -> str:
+    """Device of the tensors; `rmt_kernels.backends.cuda` runs there."""
+    if where == "gpu":
         return need_gpu()
     module = request.getfixturevalue("emulated")
     monkeypatch.setattr(cuda, "extension", module)
     monkeypatch.setattr(cuda, "device_kind", lambda index=None: "sm_90")
     monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
-    monkeypatch.setattr(
-        cuda, "_weight_grad", lambda g, x: g.float().T @ x.float()
-    )  # torch's part: its CPU has no out_dtype
+    # torch's part: its CPU has no out_dtype.
+    monkeypatch.setattr(cuda, "_weight_grad", lambda g, x: g.float().T @ x.float())
     return "cpu"
+
+
+@pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    return cuda_backend(request.param, request, monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "emulator", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backend(request, monkeypatch):
+    """(module of C++ or CUDA kernels, device)."""
+    if request.param != "cpu":
+        return cuda, cuda_backend(request.param, request, monkeypatch)
+    if native.extension is None:
+        pytest.skip(f"no C++ kernels: {native.missing}")
+    return cpu, "cpu"

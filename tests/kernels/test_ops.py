@@ -1,5 +1,7 @@
 """The public functions: what torch.library promises, what autocast and compile do, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,23 @@ def update_arguments(dense: bool = True, layers: int = 2) -> dict[str, object]:
         "dense": [reference.masked_weight(w, b) for w, b in zip(weights, bits)],
         "weights": weights,
     }
+
+
+def whole_step(u: dict, chained: bool = True) -> dict[str, object]:
+    """What `mask_update_` takes beyond ready gradients."""
+    return {
+        "generals": [g.flip(0) for g in u["grads"]], "chained": [chained] * len(u["scores"]), "scales": [],
+        "norms": torch.stack([s.norm() for s in u["scores"]]),
+        "counts": torch.zeros(len(u["scores"]), 2, dtype=torch.int64), "rng": rk.rng_state(1, 2), "l2": 1e-4,
+        "strength": 0.3, "streams": [0, 5, 9][: len(u["scores"])],
+    }  # fmt: skip
+
+
+def narrow(u: dict) -> dict[str, object]:
+    """The same layers with 8-bit moments."""
+    moments = {name: [torch.zeros_like(t, dtype=torch.uint8) for t in u[name]] for name in ("exp_avgs", "exp_avg_sqs")}
+    scales = [torch.zeros(-(-s.numel() // 256), dtype=torch.uint8) for s in u["scores"] for _ in range(2)]
+    return u | moments | {"scales": scales, "rng": rk.rng_state(1, 2)}
 
 
 # --- torch.library ----------------------------------------------------------------------------------------------------
@@ -71,10 +90,13 @@ def op_calls() -> dict[str, tuple]:
             (g, g.flip(0), t["weight"], t["scores"], t["penalty"], t["rng"], 1.0, 0),
         ),
         "gradient_dropout-ready": (OPS.gradient_dropout, (g, g.flip(0), None, None, None, t["rng"], 1.0, 0)),
-        "mask_update_": (OPS.mask_update_, (*lists, u["factors"], 0.9, 0.999, 1e-8, THRESHOLD)),
+        "mask_update_": (
+            OPS.mask_update_, (*lists, u["factors"], 0.9, 0.999, 1e-8, THRESHOLD, *whole_step(u).values()),
+        ),
         "mask_update_-no-dense": (
             OPS.mask_update_,
-            (*lists[:4], [], lists[5], [], u["factors"], 0.9, 0.999, 1e-8, THRESHOLD),
+            (*lists[:4], [], lists[5], [], u["factors"], 0.9, 0.999, 1e-8, THRESHOLD, [], [], [], None, None, None, 0.0,
+             1.0, []),
         ),
     }
 
@@ -93,7 +115,9 @@ def test_every_op_is_checked():
 
 def test_mask_update_tells_autograd_that_it_has_written():
     u = update_arguments()
-    written = [t for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense") for t in u[name]]
+    u = narrow(u | whole_step(u))
+    written = [t for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense", "scales") for t in u[name]]
+    written += [u["norms"], u["counts"]]
     before = [t._version for t in written]
     rk.mask_update_(**u)
     assert all(t._version > v for t, v in zip(written, before))
@@ -155,10 +179,11 @@ def test_compiles_without_a_graph_break():
 
 def test_a_compiled_update_writes_in_place():
     u = update_arguments()
-    eager = {n: [t.clone() for t in v] if isinstance(v, list) else v.clone() for n, v in u.items()}
+    u = narrow(u | whole_step(u))
+    eager = copy.deepcopy(u)
     torch.compile(lambda **kw: rk.mask_update_(**kw), fullgraph=True, backend="aot_eager")(**u)
     rk.mask_update_(**eager)
-    for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense"):
+    for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense", "scales", "norms", "counts"):
         assert all(torch.equal(a, b) for a, b in zip(u[name], eager[name])), name
 
 
@@ -530,7 +555,6 @@ BAD_UPDATE = {
     "too-few-bits": ({"bits": lambda v: v[:-1]}, ValueError, "bits must have one tensor for each of 2 scores, got 1"),
     "too-many-grads": ({"grads": lambda v: [*v, v[0]]}, ValueError, "grads must have one .* of 2 scores, got 3"),
     "dense-without-weights": ({"weights": lambda v: []}, ValueError, "weights must have one .* of 2 scores, got 0"),
-    "weights-without-dense": ({"dense": lambda v: []}, ValueError, "dense must have one .* of 2 scores, got 0"),
     "scores-bf16": ({"scores": last_replaced(torch.Tensor.bfloat16)}, TypeError, "scores.*float32.*got torch.bfloat16"),
     "scores-strided": (
         {"scores": last_replaced(lambda t: t.T.contiguous().T)}, ValueError, r"scores\[1\].* must be contiguous",
@@ -559,6 +583,39 @@ BAD_UPDATE = {
     "factors-shape": ({"factors": lambda t: t[:1]}, ValueError, r"factors must have shape \(2,\), got \(1,\)"),
     "factors-dtype": ({"factors": torch.Tensor.double}, TypeError, "factors must be torch.float32, got torch.float64"),
     "beta": ({"beta1": lambda v: 1.0}, ValueError, r"\[0, 1\), got 1.0"),
+    "too-few-generals": ({"generals": lambda v: v[:1]}, ValueError, "generals must have one .* of 2 scores, got 1"),
+    "generals-half": (
+        {"generals": last_replaced(torch.Tensor.half)}, TypeError, r"generals\[1\] must be.*got torch.float16",
+    ),
+    "chained-without-weights": (
+        {"weights": lambda v: [], "dense": lambda v: []}, ValueError, "weights must have one .* of 2 scores, got 0",
+    ),
+    "too-few-chained": ({"chained": lambda v: v[:1]}, ValueError, "chained must have one .* of 2 scores, got 1"),
+    "too-few-streams": ({"streams": lambda v: v[:1]}, ValueError, "streams must have one .* of 2 scores, got 1"),
+    "streams-too-large": ({"streams": lambda v: [0, 2**31]}, ValueError, r"streams must be integers from 0 to 2\*\*31"),
+    "dropout-without-rng": ({"rng": lambda v: None}, ValueError, "dropout needs rng"),
+    "rng-int32": ({"rng": torch.Tensor.int}, TypeError, "rng must be torch.int64, got torch.int32"),
+    "l2-without-norms": ({"norms": lambda v: None}, ValueError, "l2 needs norms.*got l2 0.0001 and none"),
+    "l2-nan": ({"l2": lambda v: float("nan")}, ValueError, "l2 must be a finite number, got nan"),
+    "norms-shape": ({"norms": lambda v: v[:1]}, ValueError, r"norms must have shape \(2,\), got \(1,\)"),
+    "norms-double": ({"norms": torch.Tensor.double}, TypeError, "norms must be torch.float32, got torch.float64"),
+    "counts-shape": ({"counts": lambda v: v[:, 0]}, ValueError, r"counts must have shape \(2, 2\), got \(2,\)"),
+    "counts-int32": ({"counts": torch.Tensor.int}, TypeError, "counts must be torch.int64, got torch.int32"),
+    "strength": ({"strength": lambda v: 1.5}, ValueError, r"strength must be in \[0, 1\], got 1.5"),
+    "moments-of-two-dtypes": (
+        {"exp_avg_sqs": last_replaced(torch.Tensor.bfloat16)}, TypeError,
+        r"exp_avg_sqs\[1\] must be torch.float32, got torch.bfloat16",
+    ),
+    "moments-half": (
+        {"exp_avgs": lambda v: [t.half() for t in v]}, TypeError, "exp_avgs.*float32 or.*bfloat16 or.*uint8.*float16",
+    ),
+    "8-bit-without-scales": (
+        {n: lambda v: [t.byte() for t in v] for n in ("exp_avgs", "exp_avg_sqs")}, ValueError,
+        "scales must have 4 tensors for 2 torch.uint8 moments, got 0",
+    ),
+    "scales-of-fp32": (
+        {"scales": lambda v: [torch.zeros(1)]}, ValueError, "scales must have 0 tensors for 2 torch.float32 .*got 1",
+    ),
     "eps-nan": ({"eps": lambda v: float("nan")}, ValueError, "eps must be a finite number, got nan"),
     "threshold-inf": ({"threshold": lambda v: float("-inf")}, ValueError, "threshold must be a finite.*got -inf"),
 }  # fmt: skip
@@ -568,6 +625,7 @@ BAD_UPDATE = {
 def test_an_update_that_is_refused_has_written_nothing(case):
     changes, error, message = BAD_UPDATE[case]
     arguments = update_arguments() | {"beta1": 0.9, "eps": 1e-8, "threshold": THRESHOLD}
+    arguments |= whole_step(arguments)
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     names = ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense")
     real = [t for name in names for t in arguments[name] if t.device.type == "cpu"]
