@@ -1,6 +1,6 @@
 """The weight gradient of 16-bit factors with fp32 sums: python bench/weight_grad.py [--quick] [--json FILE]
 
-g.T @ x of CLIP's layers in bf16: rmt's `weight_grad_`, torch's bf16 product (whose result is rounded to bf16) and torch's
+g.T @ x of CLIP's layers in bf16: rmt's `weight_grad_`, torch's bf16 product (rounded to bf16 at the end) and torch's
 fp32 product of the widened factors, casts included. Errors are relative to float64, root mean square. `as it is` forces
 the kernel that multiplies bf16 where it is not the default, since there it would be slower (MIN_RATE in
 rmt_kernels/backends/cpu.py).

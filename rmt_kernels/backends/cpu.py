@@ -16,8 +16,8 @@ from .. import reference
 from . import dispatch
 from .native import DTYPES, MOMENTS, extension, missing, update_lacks
 
-# bf16 rows are multiplied as they are where that instruction is this many times as fast as fp32's: AMX is, vdpbf16ps is
-# on AMD only. `python bench/weight_grad.py` shows both ways.
+# bf16 rows are multiplied as they are where that instruction is this many times as fast as fp32's. AMX is; vdpbf16ps is
+# half as fast on Sapphire Rapids, and was not measured elsewhere. `python bench/weight_grad.py` shows both ways.
 MIN_RATE = 1.4
 NOTES = {
     "masked_linear": "first choice; torch's GEMM over `dense`; without it by the table",

@@ -142,6 +142,20 @@ def test_mask_grad(device, shape, dtype):
     assert_no_worse(one, plain, (g_task.T @ x) * weight)
 
 
+@gpu
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_weight_gradients_of_16_bit_factors_are_not_rounded(shape, dtype, accumulate):
+    t = layer(shape, dtype, need_gpu())
+    g, x, start = t["g_task"], t["x"], t["scores"]
+    got, plain = (start.clone() if accumulate else torch.full_like(start, float("nan")) for _ in range(2))
+    cuda.weight_grad_(got, g, x, accumulate)
+    reference.weight_grad_(plain, g, x, accumulate)
+    truth = g.double().T @ x.double() + (start.double() if accumulate else 0)
+    assert_no_worse(got, plain, truth, scale=g.double().abs().T @ x.double().abs() + start.double().abs())
+
+
 def test_mask_update_leaves_pad_bits_off(device):
     t = layer((1, 3, 40), device=device)
     zeros, bits = [torch.zeros_like(t["scores"]) for _ in range(3)], t["bits"].clone()

@@ -28,7 +28,7 @@ needs_kernel = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def even_where_it_does_not_pay(monkeypatch):
-    """Runs the kernel wherever it can: on Intel without AMX torch's GEMM is faster and would be tested in its place."""
+    """Runs the kernel wherever it can: where torch's GEMM is faster, that would be tested in its place."""
     if native.extension is not None and native.extension.cpu_weight_grad_rate():
         monkeypatch.setattr(cpu, "multiplies_bf16", lambda: True)
 
