@@ -29,24 +29,29 @@ LAYERS = {
 ROWS = (1, 16, 50, 1600, 6304)
 
 
-def time_all(variants: dict[str, Callable[[], object]], device: torch.device, budget_s: float) -> dict[str, tuple]:
+def time_all(
+    variants: dict[str, Callable[[], object]], device: torch.device, budget_s: float, least: int = 5
+) -> dict[str, tuple]:
     """(20 %, median, 80 %) milliseconds of each variant. They take turns, so that drift of the machine hits all alike.
 
     A sample is the mean of enough calls to last 2 ms, so that the clock and, on CUDA, the launch queue do not count. As
     many untimed calls precede it: each variant finds its own operands in the caches, not those of the one before it.
+    None precede calls of 100 ms and more, which fill the caches many times over. At least `least` samples, at most 50.
     """
-    calls, samples = {}, {name: [] for name in variants}
+    calls, untimed, samples = {}, {}, {name: [] for name in variants}
     for name, run in variants.items():
         run()
         run()
         once = _seconds(run, 1, device)
         calls[name] = max(1, min(100, int(2e-3 / max(once, 1e-6))))
+        untimed[name] = calls[name] if once < 0.1 else 0
     end = time.perf_counter() + budget_s
-    while len(next(iter(samples.values()))) < 5 or (
+    while len(next(iter(samples.values()))) < least or (
         time.perf_counter() < end and len(next(iter(samples.values()))) < 50
     ):
         for name, run in variants.items():
-            _seconds(run, calls[name], device)
+            if untimed[name]:
+                _seconds(run, untimed[name], device)
             samples[name].append(1e3 * _seconds(run, calls[name], device))
     return {name: _quantiles(values) for name, values in samples.items()}
 

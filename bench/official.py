@@ -1,7 +1,9 @@
 """R-AMT's own op sequence as published (wuw2019/R-AMT at 07f8d2c, transcribed), of a layer and of a whole step."""
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -89,49 +91,80 @@ class Tuner:
         clip: the teacher, left as it is but for those gradients. text: (C, D) normalised text features.
         scores: state-dict name of a masked weight -> its first scores, in the weight's shape; trained in place.
         lr: of Adam. strength: of the dropout.
-        teacher_graph: False spares the teacher's backward, which changes no other number.
+        teacher_graph: False runs the teacher under `no_grad`, which changes no other number.
+        autocast: dtype of both towers (losses, scores and Adam stay fp32), or None.
     """
 
     def __init__(
         self, clip: nn.Module, text: Tensor, scores: dict[str, Tensor], lr: float, strength: float,
-        teacher_graph: bool = True,
+        teacher_graph: bool = True, autocast: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        self.clip, self.text, self.strength, self.teacher_graph = (
-            clip.requires_grad_(True),
-            text,
-            strength,
-            teacher_graph,
-        )
+        # Without a graph the flag costs nothing and keeps the numbers: F.linear folds transposed rows into one product
+        # only while its weight has it, and rounds differently where it does not.
+        self.clip, self.text, self.strength = clip.requires_grad_(True), text, strength
+        self.teacher_graph, self.autocast = teacher_graph, autocast
         self.student = copy.deepcopy(clip.visual).requires_grad_(False)
         self.scores = {name: value.requires_grad_() for name, value in scores.items()}
         self.optimizer = torch.optim.Adam(self.scores.values(), lr=lr)
 
     def logits(self, features: Tensor) -> Tensor:
-        features = features / features.norm(dim=-1, keepdim=True)
-        return self.clip.logit_scale.exp() * features @ self.text.t()
+        features = features.float()
+        with torch.autocast(features.device.type, enabled=False):
+            features = features / features.norm(dim=-1, keepdim=True)
+            return self.clip.logit_scale.exp() * features @ self.text.t()
 
-    def losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy with the L2 term (norms, not squared), and the cross entropy to the teacher's softmax."""
-        teacher = self.logits(self.clip.visual(image))
-        teacher = teacher if self.teacher_graph else teacher.detach()
+    def teacher_logits(self, image: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.teacher_graph), self._towers(image):
+            return self.logits(self.clip.visual(image))
+
+    def student_logits(self, image: Tensor) -> Tensor:
         names = {name: name.removeprefix("visual.") for name in self.scores}
         weights = {
             short: effective_weight(self.student.get_parameter(short), self.scores[name])
             for name, short in names.items()
         }
-        logits = self.logits(torch.func.functional_call(self.student, weights, (image,)))
+        with self._towers(image):
+            return self.logits(torch.func.functional_call(self.student, weights, (image,)))
+
+    def _towers(self, image: Tensor) -> contextlib.AbstractContextManager:
+        return torch.autocast(image.device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def losses(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy with the L2 term (norms, not squared), and the cross entropy to the teacher's softmax."""
+        teacher, logits = self.teacher_logits(image), self.student_logits(image)
         norms = sum(torch.norm(m, 2) for m in self.scores.values())
         general = torch.mean(torch.sum(-teacher.softmax(1) * logits.log_softmax(1), 1))
         return F.cross_entropy(logits, label) + L2 * norms, general
 
     def step(self, image: Tensor, label: Tensor, uniforms: list[Tensor] | None = None) -> None:
         """One step. uniforms: the draws of each mask, in place of torch.rand."""
-        task, general = self.losses(image, label)
+        with plain_attention():
+            task, general = self.losses(image, label)
         self.optimizer.zero_grad()
         general.backward(retain_graph=True)
         kept = [m.grad.clone() for m in self.scores.values()]
         self.optimizer.zero_grad()
         task.backward()
+        self.update(kept, uniforms)
+
+    def update(self, kept: list[Tensor], uniforms: list[Tensor] | None) -> None:
+        """Dropout of the task's gradients, which lie in `.grad`, by the general ones `kept`; then Adam."""
         for i, (m, b) in enumerate(zip(self.scores.values(), kept)):
             m.grad = gradient_dropout(m.grad, b, self.strength, None if uniforms is None else uniforms[i])
         self.optimizer.step()
+
+    def moments(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Adam's two running means of each mask, live; there from the first step on."""
+        states = [self.optimizer.state[m] for m in self.scores.values()]
+        return tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Inside, nn.MultiheadAttention without a graph computes as with one: its own fast path rounds differently."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

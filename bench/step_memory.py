@@ -1,115 +1,76 @@
-"""Memory that one training step takes on the CPU: python bench/step_memory.py [--json FILE]
+"""Memory that a training step takes, for bench/train_step.py: every variant in a process of its own.
 
-A ViT-B/32 at batch 32, rmt against R-AMT's op sequence as published (official.py), random weights. Each runs in a
-process of its own: interpreter, libraries, the plain fp32 model and a batch are there first (`base`); then masks are
-made and STEPS steps are taken, and the peak of the resident memory is read (`peak`, the kernel's VmHWM). What a method
-adds is peak - base: its scores, moments, second tower, gradients, activations and temporaries.
+Interpreter, libraries, the plain model and a batch are there first (`base`). Then the variant is made, one step is
+taken (compilation, Adam's moments), the peak is reset and STEPS more are taken. On a CPU the peak is that of the
+resident memory (the kernel's VmHWM), on CUDA that of torch's allocator. What a method adds is peak - base: scores,
+moments, second tower, gradients, activations and temporaries; for a compiled step its code and compiler too, on a CPU.
 """
 
-import argparse
 import gc
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import harness
-import official
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from step_variants import MAKE, Problem, Setup, Skipped
 
-# The first step makes Adam's moments; from the second on the peak stays.
-STEPS, CLASSES, LR, STRENGTH, TARGET = 3, 100, 8e-5, 0.3, 0.6
+# Adam's moments are made in the first step; from the second on the peak stays.
+STEPS = 2
+MIB = 1 << 20
 
 
-def memory(field: str) -> float:
-    """MiB of this process: VmRSS now, VmHWM at its highest since `reset_peak`."""
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM at its highest since the last reset."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+    raise RuntimeError(f"/proc/self/status has no {field}: peak memory on a CPU is measured on Linux alone")
 
 
-def reset_peak() -> None:
-    """Sets VmHWM to what is resident now: building the model has a peak of its own."""
-    Path("/proc/self/clear_refs").write_text("5")
+class Meter:
+    """Memory of this process, or of torch's allocator on a CUDA device, in MiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def now(self) -> float:
+        gc.collect()
+        return torch.cuda.memory_allocated() / MIB if self.cuda else resident("VmRSS")
+
+    def reset(self) -> None:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats() if self.cuda else Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / MIB if self.cuda else resident("VmHWM")
 
 
-def steps_of_rmt(model: nn.Module, text: Tensor, image: Tensor, label: Tensor) -> int:
-    from rmt.config import MaskConfig, TrainConfig
-    from rmt.masking import apply_masks
-    from rmt.optim import MaskAdam
-    from rmt.step import gradients
-
-    found = apply_masks(model, MaskConfig(targets=("attention", "conv")))
-    optimizer, config = MaskAdam(found, lr=LR), TrainConfig(strength=STRENGTH)
-    for step in range(STEPS):
-        gradients(model, text, image, label, found, config, seed=1, step=step)
-        optimizer.step()
-    return sum(mask.weight.numel() for mask in found)
-
-
-def steps_of_published(model: nn.Module, text: Tensor, image: Tensor, label: Tensor) -> int:
-    scores = {name: torch.full_like(model.get_parameter(name), 1e-2) for name in official.masked_names(model)}
-    tuner = official.Tuner(model, text, scores, LR, STRENGTH)
+def measure(setup: Setup, name: str) -> dict[str, float]:
+    """base and peak MiB of a variant's steps in this process, which should have done nothing else."""
+    problem = Problem(setup)
+    meter = Meter(problem.device)
+    base = meter.now()
+    variant = MAKE[name](problem)
+    variant.run(*problem.batches[0])
+    meter.reset()
     for _ in range(STEPS):
-        tuner.step(image, label)
-    return sum(m.numel() for m in tuner.scores.values())
+        variant.run(*problem.batches[1])
+    return {"base_mib": base, "peak_mib": meter.peak()}
 
 
-def measure(variant: str, name: str, batch: int) -> dict:
-    import open_clip
-
-    torch.manual_seed(0)
-    model = open_clip.create_model(name, pretrained=None).eval()
-    size = model.visual.image_size
-    size = size if isinstance(size, tuple) else (size, size)
-    image, label = torch.randn(batch, 3, *size), torch.randint(CLASSES, (batch,))
-    text = F.normalize(torch.randn(CLASSES, model.visual.output_dim), dim=-1)
-    run = {"rmt": steps_of_rmt, "published": steps_of_published}[variant]
-    gc.collect()
-    reset_peak()
-    base = memory("VmRSS")
-    masked = run(model, text, image, label)
-    return {"base_mib": base, "peak_mib": memory("VmHWM"), "masked": masked}
-
-
-def in_its_own_process(variant: str, name: str, batch: int) -> dict:
-    command = [sys.executable, __file__, "--measure", variant, "--model", name, "--batch", str(batch)]
+def in_its_own_process(setup: Setup, name: str) -> dict[str, float]:
+    """`measure` in a child. Raises Skipped where the variant cannot run here."""
+    command = [sys.executable, __file__, name, json.dumps(vars(setup))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="write the rows here")
-    parser.add_argument("--model", default="ViT-B-32-quickgelu")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--measure", choices=("rmt", "published"), help="only this one, in this process")
-    args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.model, args.batch)))
-        return
-    rows = {v: in_its_own_process(v, args.model, args.batch) for v in ("published", "rmt")}
-    added = {v: row["peak_mib"] - row["base_mib"] for v, row in rows.items()}
-    of_published = {v: mib / added["published"] for v, mib in added.items()}
-    lines = [
-        [v, *(f"{mib:.0f}" for mib in (row["base_mib"], row["peak_mib"], added[v])), f"{of_published[v]:.2f}x"]
-        for v, row in rows.items()
-    ]
-    print(f"{args.model}, batch {args.batch}, fp32, {rows['rmt']['masked']:,} masked weights, {STEPS} steps; MiB")
-    harness.print_table(["", "base", "peak", "added", "of published"], lines)
-    print(f"rmt adds {of_published['rmt']:.2f} times what the published sequence adds; target: at most {TARGET}")
-    if args.json:
-        base = harness.provenance(torch.device("cpu")) | {
-            "bench": "step_memory", "model": args.model, "batch": args.batch, "steps": STEPS, "dtype": "fp32",
-        }  # fmt: skip
-        harness.write_json(args.json, [
-            base | {"variant": v} | row | {"added_mib": added[v], "of_published": of_published[v]}
-            for v, row in rows.items()
-        ])  # fmt: skip
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if "skipped" in answer:
+        raise Skipped(answer["skipped"])
+    return answer | {"added_mib": answer["peak_mib"] - answer["base_mib"]}
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        print(json.dumps(measure(Setup(**json.loads(sys.argv[2])), sys.argv[1])))
+    except Skipped as reason:
+        print(json.dumps({"skipped": str(reason)}))
