@@ -22,7 +22,9 @@ from .config import UserError
 from .masked import disabled, masks
 
 Tokenizer = Callable[[list[str]], Tensor]
-_FOLDER = "local-dir:"
+FOLDER = "local-dir:"
+# open_clip lets through whatever its parsers and torch.load raise on a bad name, folder or file.
+NOT_LOADED = (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError)
 _WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
@@ -54,8 +56,7 @@ def load(name: str, pretrained: str | None, image_size: int | None, device: torc
         warnings.simplefilter("always")
         try:
             model, preprocess, tokenizer = _make(name, pretrained, options)
-        # open_clip lets through whatever its parsers and torch.load raise on a bad name, folder or file.
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        except NOT_LOADED as error:
             raise UserError(f"open_clip cannot load {name!r}, pretrained {pretrained!r}: {error}") from error
     quick = any(type(module).__name__ == "QuickGELU" for module in model.modules())
     _check_activation(name, pretrained, quick)
@@ -71,8 +72,8 @@ def _make(name: str, pretrained: str | None, options: dict[str, Any]) -> tuple[n
     import open_clip
 
     make = open_clip.create_model_and_transforms
-    if name.startswith(_FOLDER) and not hasattr(open_clip.factory, "parse_model_name"):
-        return _make_folder(Path(name.removeprefix(_FOLDER)), options)
+    if name.startswith(FOLDER) and not hasattr(open_clip.factory, "parse_model_name"):
+        return _make_folder(Path(name.removeprefix(FOLDER)), options)
     # OpenAI's own files are TorchScript archives, which torch.load takes only so; it hands them to torch.jit.load.
     if _is_torchscript(pretrained) and "weights_only" in inspect.signature(make).parameters:
         options = options | {"weights_only": False}
@@ -80,20 +81,27 @@ def _make(name: str, pretrained: str | None, options: dict[str, Any]) -> tuple[n
     return model, preprocess, open_clip.get_tokenizer(name)
 
 
+def registered(model_cfg: dict[str, Any]) -> str:
+    """Makes a configuration known to open_clip until the process ends. Returns its name, which is no other's."""
+    import open_clip
+
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / f"{Path(scratch).name}.json"
+        path.write_text(json.dumps(model_cfg))
+        open_clip.add_model_config(path)
+        return path.stem
+
+
 def _make_folder(folder: Path, options: dict[str, Any]) -> tuple[nn.Module, Callable, Tokenizer]:
     """What `local-dir:` does from open_clip 3 on, for those before."""
     import open_clip
     from safetensors.torch import load_file
 
-    config = _folder_config(folder)
+    config = folder_config(folder)
     image = {f"image_{name}": config.get("preprocess_cfg", {}).get(name) for name in _PREPROCESS}
-    with tempfile.TemporaryDirectory() as scratch:
-        # A registered configuration stays until the process ends: its name must be no other's.
-        path = Path(scratch) / f"{Path(scratch).name}.json"
-        path.write_text(json.dumps(config["model_cfg"]))
-        open_clip.add_model_config(path)
-        model, _, preprocess = open_clip.create_model_and_transforms(path.stem, **options, **image)
-        tokenizer = open_clip.get_tokenizer(path.stem)
+    name = registered(config["model_cfg"])
+    model, _, preprocess = open_clip.create_model_and_transforms(name, **options, **image)
+    tokenizer = open_clip.get_tokenizer(name)
     weights = next((folder / file for file in _WEIGHTS if (folder / file).is_file()), None)
     if weights is None:
         raise FileNotFoundError(f"expected one of {', '.join(_WEIGHTS)} in {folder}, got none")
@@ -103,7 +111,8 @@ def _make_folder(folder: Path, options: dict[str, Any]) -> tuple[nn.Module, Call
     return model, preprocess, tokenizer
 
 
-def _folder_config(folder: Path) -> dict[str, Any]:
+def folder_config(folder: Path) -> dict[str, Any]:
+    """What `open_clip_config.json` in a model's folder holds."""
     return json.loads((folder / "open_clip_config.json").read_text())
 
 
@@ -133,8 +142,8 @@ def _check_activation(name: str, pretrained: str | None, quick: bool) -> None:
 def _config(name: str, image_size: int | None, quick: bool) -> dict | None:
     import open_clip
 
-    if name.startswith(_FOLDER):
-        config = _folder_config(Path(name.removeprefix(_FOLDER)))["model_cfg"]
+    if name.startswith(FOLDER):
+        config = folder_config(Path(name.removeprefix(FOLDER)))["model_cfg"]
     else:
         config = open_clip.get_model_config(name if ":" in name else name.replace("/", "-"))
     if config is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from . import plan_command as planning
 from . import run_commands as runs
 from . import task_commands as tasks
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
@@ -125,6 +126,8 @@ COMMANDS = {
     "eval": Command("Measure a finished run, or a task that was shared.", runs.eval_options, runs.evaluate),
     "b2n": Command("Base to new: tune on half of the classes, test on both.", runs.b2n_options, runs.b2n, run=True),
     "xd": Command("Measure a run's masks on other data sets.", runs.xd_options, runs.xd),
+    "plan": Command("What a training step needs: memory, FLOPs, its floor on a device.",
+                    planning.options, planning.command),
     "select": Command("Show which weights a criterion would select.", runs.no_options, runs.select, run=True),
     "data list": Command("The data sets that rmt knows, and where it expects them.", _json_option, _data_list),
     "data check": Command("What is missing from a folder of data sets.", _data_check_options, _data_check),
