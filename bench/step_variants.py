@@ -5,7 +5,6 @@ Each is an object with `step(image, label, uniforms)` and `state()`. All but "as
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 
 import official
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 import rmt_kernels as rk
 from rmt.config import MaskConfig, TrainConfig
+from rmt.graph import CapturedStep
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
-from rmt.train import gradients
+from rmt.step import Step
 
 SEED, INIT, CLASSES, STRENGTH, LR = 1, 1e-2, 100, 0.3, 8e-5
 # First scores are uniform from LOW to INIT, so that 2.5 % are below the threshold of 5e-3 (the paper's share is 2.56).
@@ -167,9 +167,9 @@ class CompiledTuner(official.Tuner):
 
 
 class Rmt(Variant):
-    """rmt's own step: masks, `rmt.train.gradients`, MaskAdam."""
+    """rmt's own step: masks, `rmt.step`, MaskAdam."""
 
-    def __init__(self, problem: Problem, usual: bool = True, shortcuts: bool = True) -> None:
+    def __init__(self, problem: Problem, usual: bool = True, shortcuts: bool = True, graph: bool = False) -> None:
         precision = problem.setup.precision
         self.tf32 = precision == "tf32"
         self.model, self.text = problem.shared(), problem.text
@@ -181,18 +181,16 @@ class Rmt(Variant):
                 mask.refresh()
         if first:
             raise RuntimeError(f"the official code masks {list(first)} too")
-        self.optimizer = MaskAdam(self.masks, lr=LR)
-        # What `gradients` fills: the masks, or self.optimizer itself once it takes one.
-        self.filled = self.masks
-        options = {"shortcuts": shortcuts} if has_field("shortcuts") else {}
+        lr = torch.tensor(LR, device=problem.device) if graph else LR
+        self.optimizer = MaskAdam(self.masks, lr=lr, capturable=graph)
         half = "bf16" if precision == "bf16" else "fp32"
-        self.config = TrainConfig(strength=STRENGTH, l2=official.L2, precision=half, **options)
+        config = TrainConfig(strength=STRENGTH, l2=official.L2, precision=half, shortcuts=shortcuts)
+        self.take = (CapturedStep if graph else Step)(self.model, self.text, self.optimizer, config, seed=SEED)
         self.taken = 0
 
     def step(self, image: Tensor, label: Tensor, uniforms: list[Tensor] | None = None) -> None:
         """uniforms are not read: rmt draws the very same itself, from the seed and the step."""
-        gradients(self.model, self.text, image, label, self.filled, self.config, seed=SEED, step=self.taken)
-        self.optimizer.step()
+        self.take(image, label, self.taken)
         self.taken += 1
 
     def state(self) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -201,11 +199,7 @@ class Rmt(Variant):
 
     def hold(self) -> None:
         """From now on steps cost what they cost, and move no score."""
-        self.optimizer.param_groups[0]["lr"] = 0.0
-
-
-def has_field(name: str) -> bool:
-    return name in {f.name for f in dataclasses.fields(TrainConfig)}
+        self.optimizer.set_lr(0.0)
 
 
 def _compiled(problem: Problem) -> Variant:
@@ -216,19 +210,10 @@ def _compiled(problem: Problem) -> Variant:
     return Official(problem, problem.setup.precision, kind=CompiledTuner, teacher_graph=False)
 
 
-def _no_shortcuts(problem: Problem) -> Variant:
-    if not has_field("shortcuts"):
-        raise Skipped("rmt.config.TrainConfig has no field `shortcuts`")
-    return Rmt(problem, shortcuts=False)
-
-
 def _graph(problem: Problem) -> Variant:
     if problem.device.type != "cuda":
         raise Skipped("a CUDA graph needs a CUDA device")
-    if importlib.util.find_spec("rmt.graph") is None:
-        raise Skipped("there is no rmt.graph")
-    # The hook: a Variant whose `step` replays the captured step of an `Rmt`.
-    raise Skipped("rmt.graph is not wired into bench/step_variants.py")
+    return Rmt(problem, graph=True)
 
 
 MAKE: dict[str, Callable[[Problem], Variant]] = {
@@ -237,6 +222,6 @@ MAKE: dict[str, Callable[[Problem], Variant]] = {
     COMPILED: _compiled,
     RMT: Rmt,
     FIRST: lambda problem: Rmt(problem, usual=False),
-    LONG: _no_shortcuts,
+    LONG: lambda problem: Rmt(problem, shortcuts=False),
     GRAPH: _graph,
 }

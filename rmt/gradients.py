@@ -57,6 +57,10 @@ class Gradients:
         with rmt_kernels.weight_gradients_to(sinks):
             yield
 
+    def buffers(self) -> list[Tensor]:
+        """What is kept from step to step."""
+        return [t for side in self._buffers for t in side if t is not None]
+
     def add_scores(self, side: int, i: int, gradient: Tensor) -> None:
         """Adds a gradient of mask i's scores themselves: of compact ones, or where the scores are used otherwise."""
         self._unchain(side, i)

@@ -163,10 +163,14 @@ class MaskAdam(torch.optim.Optimizer):
         self._refresh_norms()
         step = torch.as_tensor(group["step"], device=self._norms.device)
         factors = rmt_kernels.adam_factors(step, group["lr"], *group["betas"])
-        for compact in (False, True):
-            part = [i for i in live if (self.masks[i].selected is not None) == compact]
-            if part:
-                self._update(part, dropout, factors, step, compact)
+        # One launch for all that are alike: in whether they are compact, and in the dtypes of weight and kept weight.
+        parts: dict[tuple, list[int]] = {}
+        for i in live:
+            mask = self.masks[i]
+            kind = (mask.weight.dtype, mask.module.kept(mask.prefix).dtype) if mask.selected is None else ()
+            parts.setdefault(kind, []).append(i)
+        for kind, part in parts.items():
+            self._update(part, dropout, factors, step, compact=not kind)
         self.gradients.clear()
         self._seen = self._counted = self._versions()
         return loss

@@ -209,8 +209,8 @@ def gradient_dropout(
     seed, step = (0, 0) if general is None else rng.tolist()
     extension.cpu_gradient_dropout(
         task.data_ptr(), _ptr(general), _ptr(weight), 0 if weight is None else DTYPES[str(weight.dtype)],
-        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), 1 - strength, seed, step,
-        stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
+        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), 1 - strength,
+        seed, step, stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
     )  # fmt: skip
     return grad
 
@@ -229,8 +229,8 @@ def mask_update_(
     seed, step = (0, 0) if rng is None else rng.tolist()
     nans = extension.cpu_mask_update(
         *map(addresses, (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)),
-        [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained), list(streams) or [*range(len(scores))],
-        MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength,
+        [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained),
+        list(streams) or [*range(len(scores))], MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength,
         beta1, beta2, eps, threshold, _threads(sum(s.numel() for s in scores)),
     )  # fmt: skip
     for i, words in enumerate(nans):
