@@ -136,10 +136,9 @@ def settle(state: tuple[Tensor, ...], wanted: tuple[Tensor, ...], where: Tensor)
 
 def _decide(name: str, verdict: Verdict, precision: str) -> None:
     scores = STEPS * verdict.total
-    bounds = {"cosine of the change": (verdict.cosine, ">=", COSINE[precision])}
-    if precision == "fp32":
-        counts = {"undecided": UNDECIDED, "ties": TIES, "apart": MAGNIFIED}
-        bounds |= {what: (getattr(verdict, what), "<=", share * scores + ALLOWANCE) for what, share in counts.items()}
+    counts = {"undecided": UNDECIDED, "ties": TIES, "apart": MAGNIFIED} if precision == "fp32" else {}
+    bounds = {what: (getattr(verdict, what), "<=", share * scores + ALLOWANCE) for what, share in counts.items()}
+    bounds["cosine of the change"] = verdict.cosine, ">=", COSINE[precision]
     for what, (value, sign, bound) in bounds.items():
         if not (value >= bound if sign == ">=" else value <= bound):
             raise NotEqual(
