@@ -230,7 +230,8 @@ def mask_update_(
     nans = extension.cpu_mask_update(
         *map(addresses, (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)),
         [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained),
-        list(streams) or [*range(len(scores))], MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength,
+        list(streams) or [*range(len(scores))], MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms),
+        _ptr(counts), seed, step, l2, strength,
         beta1, beta2, eps, threshold, _threads(sum(s.numel() for s in scores)),
     )  # fmt: skip
     for i, words in enumerate(nans):

@@ -154,7 +154,7 @@ def test_another_dtype_keeps_scores_in_fp32_and_merges_exactly(dtype):
 
 def test_encode_image_compiles():
     model = made(MaskConfig(targets=TARGETS))
-    got = torch.compile(model.encode_image, backend="aot_eager")(image())
+    got = torch.compile(model.encode_image, fullgraph=True, backend="aot_eager")(image())
     torch.testing.assert_close(got, model.encode_image(image()))
     got.sum().backward()
     assert all(m.scores.grad.any() for m in model.masks)

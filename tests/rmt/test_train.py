@@ -240,9 +240,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("killed_after", [1, 3, 4])
-def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, killed_after):
-    config, rates = TrainConfig(strength=1.0, log_every=2), [2e-3] * 5
+@pytest.mark.parametrize("killed_after, adam", [(1, "fp32"), (3, "fp32"), (4, "fp32"), (3, "bf16"), (3, "8bit")])
+def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path, killed_after, adam):
+    config, rates = TrainConfig(strength=1.0, log_every=2, adam=adam), [2e-3] * 5
 
     def kill(step):
         if step == killed_after:
