@@ -123,7 +123,7 @@ class TrainConfig:
         adam: format of Adam's moments: fp32 (8 bytes a score), bf16 (4) or 8bit (2), the latter two rounded
             stochastically.
         shortcuts: while no bit is off, one forward serves student and teacher; the last block's tail runs for the class
-            token alone.
+            token alone. Equal but for rounding; without, a step is the official one op for op.
         graph: capture the step in a CUDA graph. CUDA only.
         log_every: steps between two logged rows. save_every: seconds between two writings of the resume file.
     """

@@ -47,9 +47,10 @@ def gradients(
     No loss is scaled: the sign test has an absolute constant, GDR_EPS. With `accumulate` the batch comes in parts whose
     gradients are summed, task and general apart, before the test. Returns logits, teacher logits (B, C) and labels.
 
-    With `shortcuts`: while every bit is on, student and teacher are one model. One forward serves both, and the general
-    cotangent is 0, which no pass need carry through the network: a step then costs half, to the same bits. And the last
-    block's tail runs for the class token alone (`rmt.tail`). `alike` says whether every bit is on; None: ask the masks.
+    With `shortcuts` the general loss has its cotangent in closed form, and while every bit is on, so that student and
+    teacher are one model, that is 0: one forward serves both, no pass carries the 0 through the network, and a step
+    costs half, to the same bits. And the last block's tail runs for the class token alone (`rmt.tail`). Without, the
+    step is the official one op for op. `alike` says whether every bit is on; None: ask the masks.
     """
     device, outputs = optimizer.masks[0].scores.device, []
     if alike is None:
@@ -61,10 +62,15 @@ def gradients(
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         logits, teacher = both_logits(model, text, x, config, alike)
         share = len(x) / len(image)
-        general = rmt_kernels.logit_cotangents(logits.detach(), teacher, y, config.temperature)[1]
+        if alike:
+            general = 0
+        elif config.shortcuts:
+            general = logits, rmt_kernels.logit_cotangents(logits.detach(), teacher, y, config.temperature)[1] * share
+        else:
+            general = general_loss(logits, teacher, config.temperature) * share
         backward(
-            F.cross_entropy(logits, y) * share, 0 if alike else (logits, general * share), optimizer,
-            strength=config.strength, seed=seed, step=step, l2=config.l2, more=n + 1 < len(parts),
+            F.cross_entropy(logits, y) * share, general, optimizer, strength=config.strength, seed=seed, step=step,
+            l2=config.l2, more=n + 1 < len(parts),
         )  # fmt: skip
         outputs.append((logits.detach(), teacher, y))
     return tuple(torch.cat(t) for t in zip(*outputs))
@@ -81,3 +87,12 @@ def both_logits(
             teacher = clip.frozen_logits(model, image, text.teacher() if isinstance(text, clip.Text) else text)
         logits = clip.logits(model, image, text.student() if isinstance(text, clip.Text) else text)
     return logits, logits.detach() if alike else teacher
+
+
+def general_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * H(softmax(teacher / T), softmax(logits / T)), the official KLLoss: the KL divergence and a constant.
+
+    logits, teacher: (B, C) fp32.
+    """
+    t = temperature
+    return -((teacher / t).softmax(1) * (logits / t).log_softmax(1)).sum(1).mean() * t * t
