@@ -30,15 +30,15 @@ using Pointers = std::vector<uintptr_t>;
 
 static uintptr_t nth(const Pointers& pointers, size_t i) { return i < pointers.size() ? pointers[i] : 0; }
 
-// Lists are empty or have one entry for each layer, scales two; norms and counts may be null. Returns each layer's words
-// that hold a NaN score.
+// Lists are empty or have one entry for each layer, scales two; norms and counts may be null. Returns how many words of
+// each layer hold a NaN score.
 static std::vector<int64_t> mask_update(
     const Pointers& scores, const Pointers& bits, const Pointers& exp_avgs, const Pointers& exp_avg_sqs,
     const Pointers& dense, const Pointers& grads, const Pointers& weights, const Pointers& generals,
     const Pointers& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& columns,
-    const std::vector<bool>& chained, const std::vector<int64_t>& streams, int moments, int weight_dtype,
-    int dense_dtype, std::pair<float, float> factors, uintptr_t norms, uintptr_t counts, int64_t seed, int64_t step,
-    double l2, double strength, double beta1, double beta2, float eps, float threshold, int threads) {
+    const std::vector<bool>& chained, const std::vector<int64_t>& streams, const std::vector<int>& weight_dtypes,
+    const std::vector<int>& dense_dtypes, int moments, std::pair<float, float> factors, uintptr_t norms,
+    uintptr_t counts, int64_t seed, int64_t step, double l2, double strength, double beta1, double beta2, float eps, float threshold, int threads) {
   std::vector<UpdateLayer> layers(scores.size());
   std::vector<UpdateSums> sums(scores.size());
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -48,15 +48,14 @@ static std::vector<int64_t> mask_update(
     const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(streams[i])};
     layers[i] = {
         {at<float>(grads[i]), at<float>(nth(generals, i)), at<void>(chain ? weights[i] : 0),
-         static_cast<DType>(weight_dtype), l2 ? at<float>(scores[i]) : nullptr, penalty,
+         static_cast<DType>(weight_dtypes[i]), l2 ? at<float>(scores[i]) : nullptr, penalty,
          static_cast<float>(1 - strength), draw},
         at<float>(scores[i]), at<uint32_t>(bits[i]), at<void>(exp_avgs[i]), at<void>(exp_avg_sqs[i]),
         {at<uint8_t>(nth(scales, 2 * i)), at<uint8_t>(nth(scales, 2 * i + 1))}, at<void>(nth(dense, i)),
-        at<void>(nth(weights, i)), rows[i], columns[i]};
+        at<void>(nth(weights, i)), static_cast<DType>(dense_dtypes[i]), rows[i], columns[i]};
   }
   kernels().mask_update(
-      {layers.data(), static_cast<int64_t>(layers.size()), static_cast<Moments>(moments),
-       static_cast<DType>(weight_dtype), static_cast<DType>(dense_dtype), factors.first, factors.second,
+      {layers.data(), static_cast<int64_t>(layers.size()), static_cast<Moments>(moments), factors.first, factors.second,
        static_cast<float>(1 - beta1), static_cast<float>(beta2), static_cast<float>(1 - beta2), eps, threshold,
        norms != 0, sums.data()},
       threads);

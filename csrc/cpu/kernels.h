@@ -41,7 +41,8 @@ struct UpdateLayer {
   void* exp_avg_sq;
   uint8_t* exponents[2];  // [ceil(N K / 256)] each, of exp_avg and exp_avg_sq, or null
   void* dense;            // [N, K], or null; rewritten only where a word changes
-  const void* weight;     // [N, K], read with dense
+  const void* weight;     // [N, K] of gradient.weight_dtype, read with dense
+  DType dense_dtype;      // weight's, or bf16 beside f32
   int64_t n, k;
 };
 
@@ -55,7 +56,6 @@ struct MaskUpdate {
   const UpdateLayer* layers;  // [count]
   int64_t count;
   Moments moments;
-  DType weight_dtype, dense_dtype;  // equal, or f32 and bf16
   float step_size, denom_scale;     // reference.adam_factors
   float rest1, beta2, rest2;  // 1 - beta1, beta2, 1 - beta2: subtracted in double, 1 - 0.999f is off by 5e-5
   float eps, threshold;

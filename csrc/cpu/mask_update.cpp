@@ -1,8 +1,8 @@
 // The weight-sized work of a training step, one parallel region for all layers: gradient, Adam, bits, masked weight.
 // Compiled once per instruction set.
 //
-// Bytes a parameter with fp32 moments: both gradients, weight, scores and moments read, scores and moments written = 36;
-// with bf16 moments 28, with 8 bits 24. The masked weight costs traffic only where a word has changed.
+// Bytes a parameter with fp32 moments: both gradients, weight, scores and moments read, scores and moments written,
+// 36; with bf16 moments 28, with 8 bits 24. The masked weight costs traffic only where a word has changed.
 //
 // The layers are cut into units of about kUnit elements that begin on a tile, hence on an exponent of 8-bit moments and
 // on a block of the random numbers, and on a word. Where rows end within a word (K % 32) a unit is as many rows as that
@@ -84,9 +84,10 @@ void update_elements(const MaskUpdate& p, const UpdateLayer& l, int64_t begin, i
   }
 }
 
-void refresh(const MaskUpdate& p, const UpdateLayer& l, uint32_t word, int64_t first, int64_t count) {
-  if (p.dense_dtype == p.weight_dtype)
-    return select_any(p.weight_dtype == DType::f32 ? 4 : 2, word, l.weight, l.dense, first, count);
+void refresh(const UpdateLayer& l, uint32_t word, int64_t first, int64_t count) {
+  const DType dtype = l.gradient.weight_dtype;
+  if (l.dense_dtype == dtype)
+    return select_any(dtype == DType::f32 ? 4 : 2, word, l.weight, l.dense, first, count);
   const float* from = static_cast<const float*>(l.weight) + first;
   uint16_t* to = static_cast<uint16_t*>(l.dense) + first;
   for (int64_t j = 0; j < count; ++j) to[j] = word >> j & 1 ? to_bf16(from[j]) : 0;
@@ -104,7 +105,7 @@ void update_bits(
     sums.on += __builtin_popcount(now);
     if (now == before) continue;
     sums.flipped += __builtin_popcount(now ^ before);
-    if (l.dense) refresh(p, l, now, first, std::min<int64_t>(count, 32));
+    if (l.dense) refresh(l, now, first, std::min<int64_t>(count, 32));
     l.bits[word] = now;
   }
 }

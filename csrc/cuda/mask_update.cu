@@ -1,11 +1,11 @@
-// The weight-sized work of a training step, every layer in one launch: gradient, Adam, bits, masked weight; and a small
-// launch behind it that adds up each layer's norm and counts, where they are wanted.
+// The weight-sized work of a training step, every layer in one launch: gradient, Adam, bits, masked weight; and a
+// small launch behind it that adds up each layer's norm and counts, where they are wanted.
 //
-// Bytes a parameter with fp32 moments: both gradients, weight, scores and moments read, scores and moments written = 36;
-// with bf16 moments 28, with 8 bits 24. W again, and dense, only where a word has changed.
+// Bytes a parameter with fp32 moments: both gradients, weight, scores and moments read, scores and moments written,
+// 36; with bf16 moments 28, with 8 bits 24. W again, and dense, only where a word has changed.
 //
-// Layout: a warp takes four words of bits, eight lanes a word, a lane four columns: elements 4 (lane % 8) .. + 3 of word
-// lane / 8. Where rows begin on a multiple of four these are the four of one Philox block and one 16-byte vector. A
+// Layout: a warp takes four words of bits, eight lanes a word, a lane four columns: elements 4 (lane % 8) .. + 3 of
+// word lane / 8. Where rows begin on a multiple of four these are the four of one Philox block and one 16-byte vector. A
 // matrix without ragged rows is one long row: two warps then hold the 256 elements that share an 8-bit exponent.
 #include "mask_update.cuh"
 
@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
   const uint64_t word = uint64_t{blockIdx.x - table.first_block[low]} * kWordsPerBlock + warp * kWords + lane / 8;
   const bool live = word < layer.words;
   const uint32_t row = live ? static_cast<uint32_t>(word) / layer.words_per_row : 0u;
-  const int64_t column = live ? int64_t{static_cast<uint32_t>(word) - row * layer.words_per_row} * 32 + lane % 8 * 4 : 0;
+  const uint32_t word_of_row = static_cast<uint32_t>(word) - row * layer.words_per_row;
+  const int64_t column = live ? int64_t{word_of_row} * 32 + lane % 8 * 4 : 0;
   const int64_t at = row * layer.columns + column;
   const int count = live ? static_cast<int>(max(int64_t{0}, min(int64_t{4}, layer.columns - column))) : 0;
   const bool whole = layer.vectors && count == 4;
@@ -253,8 +254,9 @@ void mask_update(const std::vector<uintptr_t>& scores, const std::vector<uintptr
     layer.index = static_cast<int>(i), layer.stream = static_cast<uint32_t>(streams[i]);
     layer.chained = !chained.empty() && chained[i];
     need(!layer.chained || layer.weight != nullptr, "chained needs weights");
-    layer.vectors = (layer.columns % 4 == 0 || flat(rows[i], cols[i])) &&
-                    aligned(scores[i] | exp_avgs[i] | exp_avg_sqs[i] | grads[i] | nth(generals, i) | nth(weights, i), 16);
+    const uintptr_t addresses =
+        scores[i] | exp_avgs[i] | exp_avg_sqs[i] | grads[i] | nth(generals, i) | nth(weights, i);
+    layer.vectors = (layer.columns % 4 == 0 || flat(rows[i], cols[i])) && aligned(addresses, 16);
     table.first_block[table.count++] = static_cast<uint32_t>(blocks);
     blocks += more;
   }

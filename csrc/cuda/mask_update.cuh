@@ -1,5 +1,5 @@
-// What the kernels of mask_update.cu are given, and how a thread reads and writes its four elements: `count` of them from
-// flat index `at` on, as one vector where `whole`. Layouts of stored moments: reference.load_moment.
+// What the kernels of mask_update.cu are given, and how a thread reads and writes its four elements: `count` of them
+// from flat index `at` on, as one vector where `whole`. Layouts of stored moments: reference.load_moment.
 #pragma once
 
 #include "common.cuh"

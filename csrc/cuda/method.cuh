@@ -96,7 +96,7 @@ RMT_HD void adam_step(const Adam& adam, float factor0, float factor1, float g, f
   score -= product(m, factor0) / (product(sqrtf(v), factor1) + adam.eps);
 }
 
-// --- stored moments: reference.load_moment, reference.store_moment ------------------------------------------------------
+// --- stored moments: reference.load_moment, reference.store_moment --------------------------------------------------
 
 constexpr int64_t kRoundingStream = int64_t{1} << 31;  // reference.ROUNDING_STREAM
 constexpr int kMomentBlock = 256;                      // reference.MOMENT_BLOCK

@@ -209,8 +209,8 @@ def gradient_dropout(
     seed, step = (0, 0) if general is None else rng.tolist()
     extension.cpu_gradient_dropout(
         task.data_ptr(), _ptr(general), _ptr(weight), 0 if weight is None else DTYPES[str(weight.dtype)],
-        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), 1 - strength,
-        seed, step, stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
+        0 if penalty is None else scores.data_ptr(), 0.0 if penalty is None else float(penalty), 1 - strength, seed,
+        step, stream, grad.data_ptr(), task.numel(), _threads(task.numel()),
     )  # fmt: skip
     return grad
 
@@ -225,14 +225,14 @@ def mask_update_(
     def addresses(group: list[Tensor]) -> list[int]:
         return [t.data_ptr() for t in group]
 
-    dtypes = [DTYPES[str(t.dtype)] for t in (weights[0] if weights else scores[0], dense[0] if dense else scores[0])]
+    streams, chained = list(streams) or list(range(len(scores))), list(chained)
+    dtypes = [[DTYPES[str(t.dtype)] for t in group or scores] for group in (weights, dense)]
     seed, step = (0, 0) if rng is None else rng.tolist()
     nans = extension.cpu_mask_update(
         *map(addresses, (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)),
-        [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained),
-        list(streams) or [*range(len(scores))], MOMENTS[exp_avgs[0].dtype], *dtypes, factors.tolist(), _ptr(norms),
-        _ptr(counts), seed, step, l2, strength,
-        beta1, beta2, eps, threshold, _threads(sum(s.numel() for s in scores)),
+        [s.shape[0] for s in scores], [s.shape[1] for s in scores], chained, streams, *dtypes,
+        MOMENTS[exp_avgs[0].dtype], factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength, beta1, beta2,
+        eps, threshold, _threads(sum(s.numel() for s in scores)),
     )  # fmt: skip
     for i, words in enumerate(nans):
         if words:

@@ -84,6 +84,8 @@ def lacks(name: str, args: tuple) -> str | None:
 def _update_lacks(scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights) -> str | None:
     if exp_avgs[0].dtype == torch.uint8 and any(s.shape[0] > 1 and s.shape[1] % 32 for s in scores):
         return "8-bit moments need K to be a multiple of 32"
+    if any(len({t.dtype for t in group}) > 1 for group in (weights, dense)):
+        return "weights of several dtypes in one call"
     return update_lacks(scores, exp_avgs, exp_avg_sqs, dense, grads, weights)
 
 

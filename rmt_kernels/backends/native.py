@@ -46,6 +46,4 @@ def update_lacks(
         d.dtype != w.dtype and (d.dtype, w.dtype) != (torch.bfloat16, torch.float32) for d, w in zip(dense, weights)
     ):
         return "dense and weight differ in dtype"
-    if any(len({t.dtype for t in group}) > 1 for group in (weights, dense)):
-        return "weights of several dtypes in one call"
     return None

@@ -62,6 +62,7 @@ def op_calls() -> dict[str, tuple]:
     g = torch.randn(N, K)
     u = update_arguments()
     lists = [u[name] for name in ("scores", "bits", "exp_avgs", "exp_avg_sqs", "dense", "grads", "weights")]
+    rest = (u["factors"], 0.9, 0.999, 1e-8, THRESHOLD)
     return {
         "pack_bits": (OPS.pack_bits, (t["scores"] > 0,)),
         "pack_scores": (OPS.pack_scores, (t["scores"], THRESHOLD)),
@@ -90,32 +91,10 @@ def op_calls() -> dict[str, tuple]:
             (g, g.flip(0), t["weight"], t["scores"], t["penalty"], t["rng"], 1.0, 0),
         ),
         "gradient_dropout-ready": (OPS.gradient_dropout, (g, g.flip(0), None, None, None, t["rng"], 1.0, 0)),
-        "mask_update_": (
-            OPS.mask_update_,
-            (*lists, u["factors"], 0.9, 0.999, 1e-8, THRESHOLD, *whole_step(u).values()),
-        ),
+        "mask_update_": (OPS.mask_update_, (*lists, *rest, *whole_step(u).values())),
         "mask_update_-no-dense": (
             OPS.mask_update_,
-            (
-                *lists[:4],
-                [],
-                lists[5],
-                [],
-                u["factors"],
-                0.9,
-                0.999,
-                1e-8,
-                THRESHOLD,
-                [],
-                [],
-                [],
-                None,
-                None,
-                None,
-                0.0,
-                1.0,
-                [],
-            ),
+            (*lists[:4], [], lists[5], [], *rest, [], [], [], None, None, None, 0.0, 1.0, []),
         ),
     }
 

@@ -115,6 +115,23 @@ def test_fused_is_gradient_dropout_and_then_the_update_bit_for_bit(backend, weig
         assert fused["norms"][i] == s.double().norm().float()
 
 
+def test_layers_may_have_weights_of_different_dtypes():
+    if native.extension is None:
+        pytest.skip(f"no C++ kernels: {native.missing}")
+    wide = problem()
+    mixed = copied(wide)
+    for i, dtype in enumerate([torch.bfloat16, torch.float16]):
+        mixed["weights"][i] = wide["weights"][i].to(dtype)
+        mixed["dense"][i] = wide["dense"][i].to(dtype)
+        wide["weights"][i] = mixed["weights"][i].float()
+        wide["dense"][i] = mixed["dense"][i].float()
+    with rk.use_backend("cpu"):
+        for arguments in (mixed, wide):
+            rk.mask_update_(**arguments)
+    equal(mixed, wide, "scores", "exp_avgs", "exp_avg_sqs", "bits")
+    assert all(torch.equal(a.float(), b) for a, b in zip(mixed["dense"], wide["dense"]))
+
+
 @pytest.mark.parametrize("general", [True, False], ids=["dropout", "task-only"])
 @pytest.mark.parametrize("chained", [True, False], ids=["weight-gradients", "score-gradients"])
 @pytest.mark.parametrize("l2", [0.0, L2])

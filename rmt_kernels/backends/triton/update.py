@@ -81,9 +81,10 @@ def _blocks(op, shape):
 
 
 def mask_update_(
-    scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, factors, beta1, beta2, eps, threshold, *extras
+    scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, factors, beta1, beta2, eps, threshold, generals=(),
+    chained=(), scales=(), norms=None, counts=None, rng=None, l2=0.0, strength=1.0, streams=(),
 ):  # fmt: skip
-    """extras: what `lacks` has refused, or plays no part without it."""
+    """From ready gradients: what `lacks` has not refused of the arguments from `generals` on plays no part then."""
     factors = factors.contiguous()
     for i, s in enumerate(scores):
         grid, tile = _blocks("mask_update_", s.shape)
