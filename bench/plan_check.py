@@ -27,7 +27,7 @@ from rmt.config import MaskConfig, TrainConfig
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
 from rmt.plan import plan_step
-from rmt.train import gradients
+from rmt.step import gradients
 
 STEPS, CLASSES, STRENGTH, WITHIN = 3, 100, 0.3, 0.05
 MASK = MaskConfig(targets=("attention", "conv"))
@@ -51,7 +51,7 @@ def take(model: nn.Module, inputs: tuple, batch: int, precision: str) -> None:
     found = apply_masks(model, MASK)
     optimizer, config = MaskAdam(found), TrainConfig(batch=batch, strength=STRENGTH, precision=precision)
     for step in range(STEPS):
-        gradients(model, *inputs, found, config, seed=1, step=step)
+        gradients(model, *inputs, optimizer, config, seed=1, step=step, alike=False)
         optimizer.step()
 
 

@@ -70,8 +70,7 @@ class MaskedModule(ScoreStorage):
             tensors.append(self._selected(prefix))
         if any(t.is_inference() for t in tensors):
             return None
-        has_values = rmt_kernels.checks.has_values
-        return tuple((t, t._version, t.data_ptr() if has_values(t) else None) for t in tensors)
+        return tuple((t, t._version, rmt_kernels.checks.address(t)) for t in tensors)
 
     def _is_fresh(self, prefix: str) -> bool:
         old, now = self._packed.get(prefix), self._versions(prefix)

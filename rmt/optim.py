@@ -142,7 +142,9 @@ class MaskAdam(torch.optim.Optimizer):
         return self.counts[:, 1].tolist() == [m.weight.numel() for m in self.masks]
 
     def _versions(self) -> tuple:
-        return tuple(v for m in self.masks for v in (m.scores._version, m.scores.data_ptr(), m.bits._version))
+        return tuple(
+            v for m in self.masks for v in (m.scores._version, rmt_kernels.checks.address(m.scores), m.bits._version)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -2,10 +2,11 @@
 
     rmt plan --model ViT-L-14 --batch 64 --precision bf16 --device H200
 
-The step's own code (`rmt.train.gradients`, `MaskAdam.step`) runs on fake tensors: torch's meta tensors that claim to be
+The step's own code (`rmt.step.gradients`, `MaskAdam.step`) runs on fake tensors: torch's meta tensors that claim to be
 on the CPU, so that autocast and attention choose as they do there. `rmt.tracking` follows every storage and product.
 What is planned is what the tensors take: a kernel's own scratch, an allocator's rounding and, on a GPU, the CUDA
-context (about half a GiB) come on top. One step is like the other from the second on, which is the one reported.
+context (about half a GiB) come on top. One step is like the other from the second on, which is the one reported: one of
+those with a teacher's forward of its own, as all have once a bit is off.
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from .masked import Mask, disabled
 from .masking import apply_masks
 from .optim import MaskAdam
 from .skeleton import skeleton
+from .step import gradients
 from .tracking import Tracker
-from .train import gradients
 
 KINDS = (
     "weights", "scores", "moments", "bits", "masked weight", "weight copies", "gradients", "activations", "temporaries",
@@ -94,7 +95,7 @@ def follow(
     steps: int = STEPS,
 ) -> Tracker:  # fmt: skip
     """Takes `steps` steps on real tensors or fake ones; returns what the last of them needed."""
-    optimizer, layer = MaskAdam(found), found[0].module
+    optimizer, layer = MaskAdam(found, state=train.adam), found[0].module
     tracker = Tracker(lambda: "forward" if layer.masked else "teacher", (m.weight.numel() for m in found))
     scores = {id(m.scores) for m in found}
     tracker.track((p for p in model.parameters() if id(p) not in scores), "weights")
@@ -102,13 +103,18 @@ def follow(
     tracker.track((m.scores for m in found), "scores")
     inputs = (text.tokens, text.zero_shot) if isinstance(text, clip.Text) else (text,)
     tracker.track((image, label, *inputs), "inputs")
-    handles = [m.scores.register_hook(lambda g: tracker.track([g], "gradients")) for m in found]
+
+    def name_gradient(gradient: Tensor | None) -> None:
+        if gradient is not None:
+            tracker.track([gradient], "gradients")
+
+    handles = [m.scores.register_hook(name_gradient) for m in found]
     try:
         for step in range(steps):
             _name_state(tracker, found, optimizer)
             with tracker:
                 tracker.restart()
-                gradients(model, text, image, label, found, train, seed=0, step=step)
+                gradients(model, text, image, label, optimizer, train, seed=0, step=step, alike=False)
                 optimizer.step()
     finally:
         for handle in handles:
@@ -119,7 +125,8 @@ def follow(
 def _name_state(tracker: Tracker, found: list[Mask], optimizer: MaskAdam) -> None:
     """What a mask and the optimizer keep from step to step."""
     tracker.track((m.bits for m in found), "bits")
-    tracker.track((m.dense for m in found), "masked weight")
+    tracker.track((m.module.kept(m.prefix) for m in found), "masked weight")
+    tracker.track([optimizer.counts], "moments")
     tracker.track((t for state in optimizer.state.values() for t in state.values()), "moments")
 
 

@@ -25,6 +25,7 @@ def options(parser: "ArgumentParser") -> None:
     add("--image-size", type=int | None, help="side in pixels (default: the model's own)")
     add("--classes", type=int, default=100, help="how many classes the images are of")
     add("--precision", type=Literal[PRECISIONS], default="fp32", help="of the towers' products")
+    add("--adam", type=Literal["fp32", "bf16", "8bit"], default="fp32", help="format of Adam's moments")
     add("--preset", type=Literal[tuple(PRESETS)], default="ramt", help="which weights get masks, as for train")
     add("--targets", type=str, nargs="+", help=f"some of {', '.join(TARGETS)}, in place of the preset's")
     add("--towers", type=str, nargs="+", default=["image"], help=f"some of {', '.join(TOWERS)}")
@@ -46,7 +47,9 @@ def command(args: "Namespace") -> None:
     strength = 1.0 if preset.strength is None else preset.strength
 
     def planned(batch: int) -> "StepPlan":
-        train = TrainConfig(batch=batch, accumulate=args.accumulate, precision=precision, strength=strength)
+        train = TrainConfig(
+            batch=batch, accumulate=args.accumulate, precision=precision, strength=strength, adam=args.adam
+        )
         return plan_step(args.model, mask, train, image_size=args.image_size, classes=args.classes)
 
     batch = args.batch
@@ -59,7 +62,9 @@ def command(args: "Namespace") -> None:
     print(as_text(plan, target, f"{args.model}, batch {batch}, {args.precision}, {', '.join(mask.targets)}"))
     if args.json:
         row = dataclasses.asdict(plan) | {"total": plan.total, "device": dataclasses.asdict(target)}
-        asked = {name: getattr(args, name) for name in ("model", "precision", "image_size", "accumulate", "classes")}
+        asked = {
+            name: getattr(args, name) for name in ("model", "precision", "adam", "image_size", "accumulate", "classes")
+        }
         write_json(Path(args.json), asked | {"batch": batch} | row | {"floor_ms": plan.floor(target)})
 
 

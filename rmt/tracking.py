@@ -35,6 +35,10 @@ def _mask_grad(x: Tensor, g_task: Tensor, g_general: Tensor | None, *_: Any) -> 
     return 2 * x.numel() * g_task.shape[-1] * (1 if g_general is None else 2)
 
 
+def _weight_grad(out: Tensor, g: Tensor, *_: Any) -> int:
+    return 2 * _rows(g) * out.numel()
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
@@ -49,6 +53,7 @@ OURS: dict[str, tuple[str | None, Callable[..., int]]] = {
     "rmt_kernels::masked_linear": (None, _linear),
     "rmt_kernels::masked_linear_dx": ("input cotangents", _linear),
     "rmt_kernels::mask_grad": ("weight gradients", _mask_grad),
+    "rmt_kernels::weight_grad_": ("weight gradients", _weight_grad),
     "aten::_scaled_dot_product_flash_attention_for_cpu": ("attention", _attention),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": ("attention", _attention_backward),
 }
@@ -142,6 +147,10 @@ class Tracker(TorchDispatchMode):
         name = func._schema.name
         ins = [self._block(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outs = [self._block(t, f"{self._part(name)}: {name}") for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if name == "aten::native_layer_norm" and args[2] is not None and args[2].dtype == torch.float32:
+            # torch's fakes give bf16 rows a mean and a scale in bf16; its kernels keep both in the weight's fp32.
+            for block, t in zip(outs[1:], out[1:]):
+                block.nbytes = 4 * t.numel()
         flops = self._count(func, args, kwargs, out, ins)
         if flops is None or name in FUSED:
             self._move(func, args, kwargs, ins, outs)
@@ -168,7 +177,7 @@ class Tracker(TorchDispatchMode):
             return None
         self.flops.update(parts)
         if "weight gradients" in parts:
-            made = out[1] if name == "aten::convolution_backward" else out
+            made = out[1] if name == "aten::convolution_backward" else args[0] if out is None else out
             self.track([made], "gradients")
         return parts
 
@@ -202,22 +211,21 @@ class Tracker(TorchDispatchMode):
                 block.kind = "gradients" if states else "weight copies"
         if name not in _MADE_ONLY:
             new = sum(block.nbytes for block in outs if block not in ins)
-            self.moved[name] += new + sum(map(self._traffic, _arguments(func, args, kwargs, name)))
-
-    def _traffic(self, item: tuple[Tensor, int]) -> int:
-        tensor, times = item
-        return times * tensor.numel() * tensor.element_size()
+            used = _arguments(func, args, kwargs, name)
+            self.moved[name] += new + sum(times * t.numel() * t.element_size() for t, times in used)
 
 
 def _arguments(func: Any, args: tuple, kwargs: dict, name: str) -> list[tuple[Tensor, int]]:
-    """(tensor, how often its bytes are moved): 2 where it is updated in place. `dense` and its `weights` are touched
-    where bits flip, which is next to nowhere."""
-    found, offset = [], len(func._schema.arguments) - len(args) if f"rmt_kernels::{name}" in FUSED else 0
-    named = dict(zip((a.name for a in func._schema.arguments[offset:]), args)) | kwargs
-    for argument in func._schema.arguments:
+    """(tensor, how often its bytes are moved): 2 where it is updated in place."""
+    arguments = func._schema.arguments
+    named = dict(zip((a.name for a in arguments[FUSED.get(func._schema.name, 0) :]), args)) | kwargs
+    if name == "mask_update_":
+        # `dense` is written where bits flip, which is next to nowhere; `weights` are read there, and by the chain rule.
+        chained = named.get("chained", [False] * len(named["weights"]))
+        named |= {"dense": [], "weights": [w for w, is_read in zip(named["weights"], chained) if is_read]}
+    found = []
+    for argument in arguments:
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if argument.name not in named or (name == "mask_update_" and argument.name in ("dense", "weights")):
-            continue
         times = 2 if written and name not in _OVERWRITTEN else 1
-        found += [(t, times) for t in tree_leaves(named[argument.name]) if isinstance(t, Tensor)]
+        found += [(t, times) for t in tree_leaves(named.get(argument.name)) if isinstance(t, Tensor)]
     return found

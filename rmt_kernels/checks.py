@@ -19,6 +19,11 @@ def has_values(t: Tensor) -> bool:
     return not isinstance(t, FakeTensor)
 
 
+def address(t: Tensor) -> int | None:
+    """Where its values are; None for a fake tensor."""
+    return t.data_ptr() if has_values(t) else None
+
+
 def words(in_features: int) -> int:
     """int32 words of bits for a row."""
     return (in_features + 31) // 32

@@ -154,6 +154,10 @@ MUTATIONS = [
      ["tests/rmt/test_evaluate.py", "tests/rmt/test_protocols.py"]),
     ("another base model accepted", "rmt/checkpoint.py",
      "if not allow_base_mismatch and", "if allow_base_mismatch and", ["tests/rmt/test_checkpoint.py"]),
+    ("what is freed stays planned", "rmt/tracking.py",
+     "self.events.append((-1, self.blocks.pop(key), \"\"))", "self.blocks.pop(key)", ["tests/rmt/test_plan.py"]),
+    ("half of the weight gradients planned", "rmt/tracking.py",
+     "return 2 * _rows(g) * out.numel()", "return _rows(g) * out.numel()", ["tests/rmt/test_plan.py", "-k", "flops"]),
     ("strength of base to new as of all classes", "rmt/config.py",
      ' and config.classes == "all"', "", ["tests/rmt/test_config.py"]),
 ]  # fmt: skip
