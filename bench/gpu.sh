@@ -35,7 +35,7 @@ mkdir -p "$out/logs"
 out=$(cd "$out" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PATH="$PATH:/usr/local/cuda/bin" PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 declare -A result
 failed=0
 echo "stage,result,seconds,why" >"$out/stages.csv"
@@ -69,7 +69,8 @@ stage() {
 # Why something is missing, nothing where it is there.
 tool() { command -v "$1" >/dev/null || echo "$1 is not on the PATH"; }
 file() { [ -f "$1" ] || echo "no $1 in this tree"; }
-module() { "$py" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)" || echo "$1 is not installed"; }
+module() { "$py" -c "import importlib.util as u; u.find_spec('$1') or exit(1)" || echo "$1 is not installed"; }
+on_gpu() { grep -qs -e --device "$1" || echo "$1 times the CPU alone"; }
 first() { for why in "$@"; do [ -z "$why" ] || { echo "$why"; break; }; done; }
 
 if [ -n "$dry" ]; then
@@ -83,15 +84,16 @@ if [ -n "$dry" ]; then
   stage sanitize_cuda 600 "" "$(tool c++)" "$py" $driver cuda --emulated
   stage sanitize_triton 600 "" "$(module triton)" "$py" $driver triton --emulated
   stage train_step 120 "" "$(first "$(file bench/train_step.py)" "$(module open_clip)")" \
-    "$py" bench/train_step.py --help
+    "$py" bench/train_step.py --quick --json "$out/train_step.json"
   for bench in update weight_grad; do
-    stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --help
+    stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --quick --seconds 0.01 --json "$out/$bench.json"
   done
   stage dispatch 120 "" "" "$py" bench/dispatch.py --device cpu --quick --seconds 0.01 --json "$out/dispatch_rows.json"
   stage masked_linear 300 "" "" "$py" bench/masked_linear.py --device cpu --layers "ViT-B attn.out_proj" --rows 1 \
     --no-compile --seconds 0.01 --json "$out/masked_linear.json"
 else
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw --format=csv | tee "$out/gpu.txt"
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw --format=csv |
+    tee "$out/gpu.txt"
   stage build 120 "" "$(tool nvcc)" env RMT_FORCE_BUILD=1 \
     "$py" setup.py -q build_ext --inplace --build-temp "$work/build"
   stage doctor 60 build "" bash -c '"$0" -m rmt.cli doctor --json >"$1"' "$py" "$out/doctor.json"
@@ -114,11 +116,12 @@ else
   cuda="env RMT_BACKEND=cuda $py"
   step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
   for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do
-    stage train_step_$precision 60 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
-      --device cuda --precision $precision $quick --json "$out/train_step_$precision.json"
+    stage train_step_$precision 80 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
+      --device cuda --precision $precision --seconds 10 $quick --json "$out/train_step_$precision.json"
   done
   for bench in update weight_grad; do
-    stage $bench 45 "$right" "$(file bench/$bench.py)" $cuda bench/$bench.py --device cuda --json "$out/$bench.json"
+    stage $bench 45 "$right" "$(first "$(file bench/$bench.py)" "$(on_gpu bench/$bench.py)")" \
+      $cuda bench/$bench.py --device cuda --json "$out/$bench.json"
   done
   stage dispatch 60 "$right" "" "$py" bench/dispatch.py --device cuda --seconds 0.1 --json "$out/dispatch_rows.json" \
     --write "$out/dispatch.json"

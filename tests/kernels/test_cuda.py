@@ -385,7 +385,8 @@ def test_the_sanitizers_see_every_kernel_and_their_driver_checks_results(device,
     monkeypatch.setattr(cuda, "_launch", lambda name, *args: (launched.add(f"cuda_{name}"), launch(name, *args))[1])
     monkeypatch.setattr(dispatch, "row", sanitizer_driver.from_bits)
     assert sanitizer_driver.run("cuda", cuda, device) == []
-    bound = {name for name in dir(cuda.extension) if name.startswith("cuda_")} - {"cuda_fragment_words"}
+    sizes = {"cuda_fragment_words", "cuda_mask_update_partials"}  # they launch nothing
+    bound = {name for name in dir(cuda.extension) if name.startswith("cuda_")} - sizes
     assert launched == bound or (device == "cuda" and not sanitizer_driver._wgmma(device))
     ops = {op for op, _ in sanitizer_driver.calls((5, 9, 31), torch.float32)}
     assert set(backends.OPS) <= ops | sanitizer_driver.NO_KERNEL["triton"], "every op of a kernel has a call"
