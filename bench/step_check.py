@@ -19,7 +19,7 @@ import dataclasses
 
 import official
 import torch
-from step_variants import PUBLISHED, Official, Problem, Variant
+from step_variants import Official, Problem, Variant, runs_in
 from torch import Tensor
 
 CLOSE = 1e-6
@@ -90,7 +90,7 @@ class _Recording(official.Tuner):
 
 def check(problem: Problem, name: str, variant: Variant, judged: list[Judged], usual: bool = True) -> Verdict:
     """Takes STEPS steps of `variant`. Raises NotEqual where its scores are not the judge's."""
-    precision = "fp32" if name == PUBLISHED else problem.setup.precision
+    precision = runs_in(problem.setup, name)
     verdict = Verdict(sum(s.numel() for s in judged[0].scores))
     before = [s.flatten(1).cpu() for s in problem.scores(usual).values()]
     for step, want in enumerate(judged):

@@ -23,9 +23,9 @@ SEED, INIT, CLASSES, STRENGTH, LR = 1, 1e-2, 100, 0.3, 8e-5
 # First scores are uniform from LOW to INIT, so that 2.5 % are below the threshold of 5e-3 (the paper's share is 2.56).
 OFF = 0.025
 LOW = (official.THRESHOLD - OFF * INIT) / (1 - OFF)
-PUBLISHED, EAGER, COMPILED = "as published", "fixed eager", "compiled"
+PUBLISHED, EAGER, EAGER_TF32, COMPILED = "as published", "fixed eager", "fixed eager, tf32", "compiled"
 RMT, FIRST, LONG, GRAPH = "rmt", "rmt, before the first flip", "rmt, no shortcuts", "rmt + graph"
-NAMES = (PUBLISHED, EAGER, COMPILED, RMT, FIRST, LONG, GRAPH)
+NAMES = (PUBLISHED, EAGER, EAGER_TF32, COMPILED, RMT, FIRST, LONG, GRAPH)
 
 
 class Skipped(Exception):
@@ -202,6 +202,17 @@ class Rmt(Variant):
         self.optimizer.set_lr(0.0)
 
 
+def runs_in(setup: Setup, name: str) -> str:
+    """The precision of a variant's products."""
+    return {PUBLISHED: "fp32", EAGER_TF32: "tf32"}.get(name, setup.precision)
+
+
+def _eager_tf32(problem: Problem) -> Variant:
+    if problem.device.type != "cuda" or problem.setup.precision != "bf16":
+        raise Skipped("it is a baseline of bf16 runs on CUDA")
+    return Official(problem, "tf32", teacher_graph=False)
+
+
 def _compiled(problem: Problem) -> Variant:
     # Two backward passes through one compiled forward: its saved tensors must not be given away in the first.
     import torch._functorch.config
@@ -219,6 +230,7 @@ def _graph(problem: Problem) -> Variant:
 MAKE: dict[str, Callable[[Problem], Variant]] = {
     PUBLISHED: lambda problem: Official(problem, "fp32"),
     EAGER: lambda problem: Official(problem, problem.setup.precision, teacher_graph=False),
+    EAGER_TF32: _eager_tf32,
     COMPILED: _compiled,
     RMT: Rmt,
     FIRST: lambda problem: Rmt(problem, usual=False),

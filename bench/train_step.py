@@ -17,7 +17,21 @@ import torch
 from floor import Floor, record
 from step_check import STEPS, NotEqual, check, judge
 from step_memory import in_its_own_process
-from step_variants import COMPILED, EAGER, FIRST, MAKE, NAMES, PUBLISHED, RMT, Problem, Rmt, Setup, Skipped, Variant
+from step_variants import (
+    COMPILED,
+    EAGER,
+    FIRST,
+    MAKE,
+    NAMES,
+    PUBLISHED,
+    RMT,
+    Problem,
+    Rmt,
+    Setup,
+    Skipped,
+    Variant,
+    runs_in,
+)
 from step_verdict import verdicts
 
 FLOOR, OWN_FLOOR = "floor", "rmt's own floor"
@@ -26,7 +40,7 @@ QUICK = Setup("ViT-S-32-alt", 2, size=64, layers=2)
 
 def checked(problem: Problem, names: list[str]) -> dict[str, Variant]:
     """The variants that can run here, each after STEPS steps that were found right."""
-    precision, starts, made = problem.setup.precision, {}, {}
+    starts, made = {}, {}
     for name in names:
         try:
             variant = MAKE[name](problem)
@@ -43,7 +57,7 @@ def checked(problem: Problem, names: list[str]) -> dict[str, Variant]:
             print(f"{name}: skipped, the compiler failed: {str(error).strip().splitlines()[0]}")
             continue
         took = f", {time.perf_counter() - start:.0f} s with compilation" if name == COMPILED else ""
-        print(f"{name}: {precision if name != PUBLISHED else 'fp32'}, {STEPS} steps equal: {verdict}{took}", flush=True)
+        print(f"{name}: {runs_in(problem.setup, name)}, {STEPS} steps equal: {verdict}{took}", flush=True)
         made[name] = variant
     return made
 
@@ -88,7 +102,7 @@ def rows_of(setup: Setup, times: dict, peaks: dict, replays: dict[str, Floor]) -
     added = peaks.get(PUBLISHED, {}).get("added_mib")
     rows = []
     for name in [*times, *(n for n in peaks if n not in times)]:
-        row = base | {"variant": name, "runs_in": "fp32" if name == PUBLISHED else setup.precision}
+        row = base | {"variant": name, "runs_in": runs_in(setup, name)}
         if name in times:
             row["ms"] = dict(zip(("p20", "median", "p80"), times[name]))
             row["over_floor"] = times[name][1] / times[FLOOR][1]
@@ -155,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="timing, all variants together, after the checks")
     parser.add_argument("--quick", action="store_true", help="a toy, in seconds, without the compiler")
     parser.add_argument("--profile", action="store_true", help="where the time over the floor goes")
-    parser.add_argument("--memory", action="store_true", help="peak memory alone: nothing is checked or timed")
+    parser.add_argument("--memory", default="yes", choices=("yes", "no", "only"), help="peaks, in child processes")
     parser.add_argument("--cotangents", action="store_true", help="bench/cotangents.py in place of all this")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args = parser.parse_args()
@@ -177,7 +191,7 @@ def main() -> None:
         args.variants = [name for name in args.variants if name != COMPILED]
         print("--quick: a toy that shows that the benchmark runs. Its numbers mean nothing.")
     times, replays, extra = {}, {}, []
-    if not args.memory:
+    if args.memory != "only":
         problem = Problem(setup)
         try:
             if args.precision != "fp32":
@@ -189,9 +203,9 @@ def main() -> None:
         times, replays = timed(problem, made, 1.0 if args.quick else args.seconds, least)
         extra = profile(problem, made, least) if args.profile else []
         del problem, made
-        print("timed; now the peak memory, a process for each", flush=True)
     counted = (PUBLISHED, RMT) if args.quick else NAMES
-    peaks = memory(setup, [n for n in args.variants if n in counted and (not times or n in times)])
+    counted = [n for n in args.variants if n in counted and (not times or n in times)]
+    peaks = memory(setup, counted) if args.memory != "no" else {}
     rows = rows_of(setup, times, peaks, replays)
     where = f"{rows[0]['device_name']}, torch {torch.__version__}"
     print(f"\n{setup.model}, batch {setup.batch}, {setup.precision}, {where}")
