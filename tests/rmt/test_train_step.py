@@ -98,7 +98,7 @@ def test_bf16_products_are_recorded_as_such():
 
 
 def test_the_replay_writes_each_product_beside_its_operands():
-    a = torch.randn(4, 4)
+    a = torch.randn(8, 8)
     replay = floor.Floor(floor.record(lambda: a @ a))
     ((_, args, kwargs),) = replay._bound
     assert len({t.data_ptr() for t in (*args, kwargs["out"])}) == 3
