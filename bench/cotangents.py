@@ -4,9 +4,10 @@ R-AMT needs two gradients of every masked weight. From one forward they come by
 
     a1  two passes; both leave their output cotangents (M, N) at every masked layer, and `mask_grad` makes the rest of
         them. Keeps two cotangents of every layer.
-    a2  two passes; the first leaves weight gradients (N, K), the second's are dropped out as they come.
+    a2  two passes; each product writes its weight gradient (N, K) into a buffer of its mask and pass, made once: what
+        `rmt.backward` does.
     b1c one pass of stacked cotangents, torch.func.vmap over torch.autograd.grad, to cotangents as in a1
-    b1w the same, to weight gradients as in a2.
+    b1w the same, to gradients of the scores (N, K).
 
 vmap makes one product of 2 M rows of every linear layer's two; attention's backward has no rule in torch and runs once
 for each cotangent. Rows stacked by hand (b2) would be b1 without vmap. It takes the batch twice through the forward,
@@ -32,6 +33,7 @@ from torch.autograd.graph import GradientEdge
 import rmt.clip
 import rmt_kernels as rk
 from rmt.config import MaskConfig
+from rmt.gradients import GENERAL, TASK, Gradients
 from rmt.masked import Mask
 from rmt.masking import apply_masks
 
@@ -57,6 +59,7 @@ class Pass:
         self.logits = rmt.clip.logits(problem.model, image, problem.text)
         self.cotangents = torch.stack(rk.reference.logit_cotangents(self.logits.detach(), teacher, label, 1.0))
         self.nodes = self._products()
+        self.held = Gradients(self.masks)
 
     def _products(self) -> dict[int, object]:
         """Mask -> the graph's node of its product, where that is a masked linear; a convolution's is not."""
@@ -66,7 +69,7 @@ class Pass:
             node = stack.pop()
             for child, _ in node.next_functions:
                 i = index.get(id(getattr(child, "variable", None)))
-                if i is not None and getattr(node, "rmt_op", None) == "masked_linear":
+                if i is not None and "masked_linear" in node.name():
                     found[i] = node
                 elif child is not None and child not in seen:
                     seen.add(child)
@@ -95,13 +98,9 @@ def by_cotangents(cross: Callable, run: Pass, finish: Callable) -> dict[int, Ten
     """`finish(mask, stream, x, pair)` of every mask; x None where the pair are gradients of the scores already."""
     edges = {i: GradientEdge(node, 0) for i, node in run.nodes.items()}
     rest = [i for i in range(len(run.masks)) if i not in edges]
-    for node in run.nodes.values():
-        node.rmt_taken = True  # their score gradients would be thrown away
-    try:
+    # Gradients of their scores would be thrown away.
+    with rk.weight_gradients_to({run.masks[i].scores: lambda g, x: None for i in run.nodes}):
         pairs = cross(run, [*edges.values(), *(run.masks[i].scores for i in rest)])
-    finally:
-        for node in run.nodes.values():
-            node.rmt_taken = False
     inputs = {i: node.saved_tensors[0] for i, node in run.nodes.items()}
     return {i: finish(run, i, inputs.get(i), pair) for i, pair in zip([*edges, *rest], pairs)}
 
@@ -111,31 +110,29 @@ def by_weights(cross: Callable, run: Pass, finish: Callable) -> dict[int, Tensor
     return {i: finish(run, i, None, pair) for i, pair in enumerate(pairs)}
 
 
-def on_arrival(run: Pass, finish: Callable) -> dict[int, Tensor]:
-    """a2: of the second pass's gradients only one lives at a time."""
-    scores = [mask.scores for mask in run.masks]
-    waiting = dict(enumerate(grad(run, scores, run.cotangents[0])))
-    handles = [
-        s.register_hook(lambda b, i=i: finish(run, i, None, (waiting.pop(i), b)).view_as(b))
-        for i, s in enumerate(scores)
-    ]
-    try:
-        return dict(enumerate(grad(run, scores, run.cotangents[1])))
-    finally:
-        for handle in handles:
-            handle.remove()
+@torch.no_grad()
+def in_buffers(run: Pass, finish: Callable) -> dict[int, Tensor]:
+    """a2. A gradient of the masked weight still lacks the factor W of the chain rule."""
+    run.held.clear()
+    for side, cotangent in zip((TASK, GENERAL), run.cotangents):
+        with run.held.collecting(side):
+            scores = [mask.scores for mask in run.masks]
+            torch.autograd.grad(run.logits, scores, cotangent, retain_graph=True, allow_unused=True)
+    pairs = {i: run.held.pair(i, general=True) for i in range(len(run.masks))}
+    return {i: finish(run, i, None, (a, b), run.masks[i].weight if chained else None)
+            for i, (a, b, chained) in pairs.items()}  # fmt: skip
 
 
 STRATEGIES = {
-    "a1": partial(by_cotangents, two_passes), "a2": on_arrival,
+    "a1": partial(by_cotangents, two_passes), "a2": in_buffers,
     "b1c": partial(by_cotangents, stacked), "b1w": partial(by_weights, stacked),
 }  # fmt: skip
 
 
-def dropped(run: Pass, i: int, x: Tensor | None, pair: tuple[Tensor, Tensor]) -> Tensor:
+def dropped(run: Pass, i: int, x: Tensor | None, pair: tuple[Tensor, Tensor], weight: Tensor | None = None) -> Tensor:
     mask, options = run.masks[i], {"rng": run.rng, "strength": STRENGTH, "stream": i}
     if x is None:
-        return rk.gradient_dropout(*pair, None, mask.scores.detach(), **options)
+        return rk.gradient_dropout(*pair, weight, mask.scores.detach(), **options)
     return rk.mask_grad(x, *pair, mask.weight, mask.scores.detach(), **options)
 
 
@@ -143,9 +140,11 @@ def check(run: Pass) -> None:
     """Both gradients of every mask, before the dropout, are the same by all four."""
 
     def only(side: int) -> Callable:
-        def finish(run: Pass, i: int, x: Tensor | None, pair: tuple[Tensor, Tensor]) -> Tensor:
+        def finish(run: Pass, i: int, x: Tensor | None, pair: tuple, weight: Tensor | None = None) -> Tensor:
             g = pair[side]
-            return g.clone() if x is None else rk.mask_grad(x, g, None, run.masks[i].weight)
+            if x is None:
+                return g.clone() if weight is None else g * weight
+            return rk.mask_grad(x, g, None, run.masks[i].weight)
 
         return finish
 
