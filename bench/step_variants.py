@@ -16,6 +16,7 @@ import rmt_kernels as rk
 from rmt.config import MaskConfig, TrainConfig
 from rmt.graph import CapturedStep
 from rmt.masking import apply_masks
+from rmt.memory import keep_freed_memory
 from rmt.optim import MaskAdam
 from rmt.step import Step
 
@@ -34,7 +35,10 @@ class Skipped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is timed. size: image side, layers: blocks of the image tower; None: the model's own."""
+    """What is timed. size: image side, layers: blocks of the image tower; None: the model's own.
+
+    malloc: "kept", where the process keeps freed memory as `rmt` commands do, or "default"; alike for all variants.
+    """
 
     model: str
     batch: int
@@ -42,6 +46,7 @@ class Setup:
     precision: str = "fp32"
     size: int | None = None
     layers: int | None = None
+    malloc: str = "kept"
 
 
 class Problem:
@@ -50,6 +55,8 @@ class Problem:
     def __init__(self, setup: Setup) -> None:
         import open_clip
 
+        if setup.malloc == "kept" and not keep_freed_memory():
+            raise SystemExit("this system's malloc cannot be told to keep freed memory: --malloc default")
         self.setup, self.device = setup, torch.device(setup.device)
         config = open_clip.get_model_config(setup.model)
         if config is None:

@@ -170,6 +170,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a toy, in seconds, without the compiler")
     parser.add_argument("--profile", action="store_true", help="where the time over the floor goes")
     parser.add_argument("--memory", default="yes", choices=("yes", "no", "only"), help="peaks, in child processes")
+    kept = "keep freed memory, as rmt commands do, or the system's default; alike for all variants"
+    parser.add_argument("--malloc", default="kept", choices=("kept", "default"), help=kept)
     parser.add_argument("--cotangents", action="store_true", help="bench/cotangents.py in place of all this")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args = parser.parse_args()
@@ -185,7 +187,7 @@ def main() -> None:
 
         cotangents.main(["--quick"] * args.quick + (["--json", args.json] if args.json else []))
         return
-    setup = Setup(args.model, args.batch, args.device, args.precision)
+    setup = Setup(args.model, args.batch, args.device, args.precision, malloc=args.malloc)
     if args.quick:
         setup = Setup(**vars(QUICK) | {"device": args.device, "precision": args.precision})
         args.variants = [name for name in args.variants if name != COMPILED]
@@ -208,7 +210,7 @@ def main() -> None:
     peaks = memory(setup, counted) if args.memory != "no" else {}
     rows = rows_of(setup, times, peaks, replays)
     where = f"{rows[0]['device_name']}, torch {torch.__version__}"
-    print(f"\n{setup.model}, batch {setup.batch}, {setup.precision}, {where}")
+    print(f"\n{setup.model}, batch {setup.batch}, {setup.precision}, {where}, malloc {setup.malloc}")
     print_rows(rows)
     for name, replay in replays.items():
         print(f"{name}: {len(replay.calls)} products, {replay.flops / 1e9:.1f} GFLOP of them counted by torch")

@@ -4,6 +4,7 @@ from .attention import FusedMaskedMultiheadAttention
 from .backward import backward
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .masked import Mask, MaskedModule, disabled, masks
+from .memory import keep_freed_memory
 from .model import MaskModel, get_mask_model
 from .modules import FusedMaskedConv2d, FusedMaskedLinear
 from .optim import MaskAdam
@@ -28,6 +29,7 @@ __all__ = [
     "clip_loss",
     "disabled",
     "get_mask_model",
+    "keep_freed_memory",
     "masks",
     "select",
 ]

@@ -134,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
     from .failures import FAILURES
+    from .memory import keep_freed_memory
 
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
