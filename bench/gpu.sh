@@ -117,7 +117,7 @@ else
   step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
   for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do
     stage train_step_$precision 80 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
-      --device cuda --precision $precision --seconds 10 $quick --json "$out/train_step_$precision.json"
+      --device cuda --precision $precision --memory no --seconds 10 $quick --json "$out/train_step_$precision.json"
   done
   for bench in update weight_grad; do
     stage $bench 45 "$right" "$(first "$(file bench/$bench.py)" "$(on_gpu bench/$bench.py)")" \

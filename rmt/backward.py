@@ -37,7 +37,8 @@ def backward(
             general apart, until a part without `more`. Losses must be weighted by the parts' shares of the batch.
 
     Raises: ValueError where nothing masked is reached from `task`, for a strength outside [0, 1], for `more` without an
-        optimizer, and for parts of which one has a general loss and one has none.
+        optimizer, and for parts of which one has a general loss and
+            another none.
     """
     optimizer = model if isinstance(model, MaskAdam) else None
     found = optimizer.masks if optimizer else masks(model) if isinstance(model, nn.Module) else list(model)
@@ -46,8 +47,10 @@ def backward(
     if more and optimizer is None:
         raise ValueError("a batch in parts (more=True) needs an optimizer: its buffers keep the parts' gradients")
     held = optimizer.gradients if optimizer else Gradients(found)
-    if optimizer is None or not optimizer.has_parts:
+    if optimizer is None or optimizer.parts is None:
         held.clear()
+    elif optimizer.parts.general != (general is not None):
+        raise ValueError("all parts of a batch must have a general loss, or none")
     losses = {TASK: _pair(task)} | ({} if general is None or _is_zero(general) else {GENERAL: _pair(general)})
     for n, (side, loss) in enumerate(losses.items()):
         _collect(held, side, loss, retain_graph or n + 1 < len(losses))

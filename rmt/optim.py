@@ -58,7 +58,8 @@ class MaskAdam(torch.optim.Optimizer):
     def _reset(self, state: str, capturable: bool) -> None:
         self.state_format, self.capturable = state, capturable
         self.gradients = Gradients(self.masks)
-        self.has_parts = False
+        # Of a batch in parts: what the parts so far came with. Of the next step: what it is to do with its gradients.
+        self.parts: Dropout | None = None
         self._dropout: Dropout | None = None
         device = self.masks[0].scores.device
         self._norms = torch.zeros(len(self.masks), device=device)
@@ -66,6 +67,7 @@ class MaskAdam(torch.optim.Optimizer):
         # The masks' versions that norms, and counts, belong to.
         self._seen: tuple | None = None
         self._counted: tuple | None = None
+        self._some_off = False
 
     def __getstate__(self) -> dict:
         kept = {"masks", "threshold", "state_format", "capturable"}
@@ -79,11 +81,11 @@ class MaskAdam(torch.optim.Optimizer):
 
     def take(self, dropout: Dropout, more: bool) -> None:
         """What `rmt.backward` calls once it has filled `gradients`: the next step is of them, unless there are more."""
-        self.has_parts, self._dropout = more, None if more else dropout
+        self.parts, self._dropout = (dropout, None) if more else (None, dropout)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients, those in the buffers too."""
-        self.has_parts, self._dropout = False, None
+        self.parts = self._dropout = None
         self.gradients.clear()
         super().zero_grad(set_to_none)
 
@@ -132,14 +134,16 @@ class MaskAdam(torch.optim.Optimizer):
     def all_on(self) -> bool:
         """Whether every bit of every mask is on: the model is then the frozen one, bit for bit.
 
-        Counted anew where scores have changed since the last step; after a step that one has counted. Waits for the
-        device where it has to count or to ask.
+        Steps count bits as they go. Here they are counted anew where scores have changed otherwise. Waits for the device
+        until a bit is off; from then on the answer is no, without asking, even if all should come on again.
         """
         if self._counted != self._versions():
             on = [int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
             self.counts[:, 1] = torch.tensor(on)
-            self._counted = self._versions()
-        return self.counts[:, 1].tolist() == [m.weight.numel() for m in self.masks]
+            self._counted, self._some_off = self._versions(), False
+        if not self._some_off:
+            self._some_off = self.counts[:, 1].tolist() != [m.weight.numel() for m in self.masks]
+        return not self._some_off
 
     def _versions(self) -> tuple:
         return tuple(

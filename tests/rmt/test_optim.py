@@ -315,3 +315,100 @@ def test_refused_with_what_was_expected_and_what_came(name):
     make, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def losses(model):
+    """A task and a general loss that reach every mask, of the same small outputs."""
+    generator = torch.Generator().manual_seed(5)
+    linear, conv, attention = model
+    x = torch.randn(2, 4, 16, generator=generator)
+    outputs = [
+        linear(torch.randn(6, 37, generator=generator)),
+        conv(torch.randn(2, 3, 5, 5, generator=generator)),
+        attention(x, x, x, need_weights=False)[0],
+    ]
+    return sum(y.square().mean() for y in outputs), sum((y - 0.3).abs().mean() for y in outputs)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_gradients_in_the_optimizers_buffers_train_as_those_in_grad_do(strength, backend):
+    """Dropout, L2 term and update in one call or in two; in the third step the scores have been changed by hand."""
+    runs = []
+    for fused in (True, False):
+        model = small_model()
+        optimizer = rmt.MaskAdam(model, lr=1e-3)
+        with rk.use_backend(backend):
+            for step in range(4):
+                if step == 2:
+                    with torch.no_grad():
+                        rmt.masks(model)[0].scores.mul_(3.0)
+                target = optimizer if fused else model
+                rmt.backward(*losses(model), target, strength=strength, seed=3, step=step, l2=1e-2)
+                optimizer.step()
+        assert_belongs_to_the_scores(model)
+        assert fused == all(m.scores.grad is None for m in rmt.masks(model))
+        runs.append(scores_of(model))
+    for one, two in zip(*runs):
+        assert torch.allclose(one, two, rtol=1e-5, atol=1e-8) and one.std() > 1e-4
+
+
+def test_a_batch_in_parts_in_the_optimizers_buffers():
+    """Two halves of a loss are the loss; a part without the general loss, or masks alone for parts, are refused."""
+    runs = []
+    for parts in (1, 2):
+        model = small_model()
+        optimizer = rmt.MaskAdam(model, lr=1e-3)
+        for part in range(parts):
+            pair = (loss / parts for loss in losses(model))
+            rmt.backward(*pair, optimizer, seed=3, step=0, more=part + 1 < parts)
+        optimizer.step()
+        runs.append(scores_of(model))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(*runs))
+    task, general = losses(model)
+    with pytest.raises(ValueError, match=r"in parts .* needs an optimizer"):
+        rmt.backward(task, general, model, more=True, retain_graph=True)
+    rmt.backward(task, general, optimizer, more=True, retain_graph=True)
+    with pytest.raises(ValueError, match="all parts of a batch must have a general loss, or none"):
+        rmt.backward(task, None, optimizer)
+
+
+def test_a_general_loss_of_zero_is_dropout_against_zeros():
+    """To the same bits as a second pass that brings zeros, and without it."""
+    runs = []
+    for zero in (False, True):
+        model = small_model()
+        optimizer = rmt.MaskAdam(model, lr=1e-3)
+        task, general = losses(model)
+        rmt.backward(task, 0 if zero else 0 * general, optimizer, seed=3, step=0)
+        optimizer.step()
+        runs.append(scores_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    with pytest.raises(ValueError, match="general must be a loss, None or 0, got 1"):
+        rmt.backward(losses(model)[0], 1, optimizer)
+
+
+@pytest.mark.parametrize("state", ["fp32", "bf16", "8bit"])
+def test_moments_have_their_format_and_resume_to_the_same_bits(state):
+    sizes = {"fp32": 8, "bf16": 4, "8bit": 2}
+    whole, half = (rmt.MaskAdam(small_model(), lr=1e-3, state=state) for _ in range(2))
+    for step in range(4):
+        if step == 2:
+            kept, scores = io.BytesIO(), [m.scores.detach().clone() for m in half.masks]
+            torch.save(half.state_dict(), kept)
+            half = rmt.MaskAdam(small_model(), lr=1e-3, state=state)
+            with torch.no_grad():
+                for mask, old in zip(half.masks, scores):
+                    mask.scores.copy_(old)
+            half.load_state_dict(torch.load(io.BytesIO(kept.getvalue()), weights_only=True))
+        for optimizer in (whole, half):
+            for mask in optimizer.masks:
+                generator = torch.Generator().manual_seed(step)
+                mask.scores.grad = torch.randn(mask.scores.shape, generator=generator) * 1e-3
+            optimizer.step()
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(whole.masks, half.masks))
+    stored_bytes = sum(whole.state[m.scores][n].nbytes for m in whole.masks for n in ("exp_avg", "exp_avg_sq"))
+    assert stored_bytes == sizes[state] * sum(m.scores.numel() for m in whole.masks)
+    other = rmt.MaskAdam(small_model(), state="fp32" if state != "fp32" else "bf16")
+    with pytest.raises(ValueError, match="moments must be"):
+        other.load_state_dict(whole.state_dict())

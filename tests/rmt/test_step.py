@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import rmt_kernels as rk
 from rmt.config import MaskConfig, TrainConfig
 from rmt.masked import MaskedModule, masks
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
-from rmt.step import gradients
+from rmt.step import general_loss, gradients
 from rmt.train import tune
 
 TEXT = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(7)), dim=-1)
@@ -126,3 +127,25 @@ def test_after_the_first_step_nothing_weight_sized_is_allocated(targets):
             gradients(model, TEXT, *batch(IMAGES), optimizer, TrainConfig(strength=1.0), seed=1, step=step)
             optimizer.step()
         assert (ops.made > 0) == (step == 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_general_loss_has_the_closed_form_cotangent(temperature):
+    generator = torch.Generator().manual_seed(0)
+    teacher, z = (10 * torch.randn(6, 5, generator=generator) for _ in range(2))
+    z.requires_grad_(True)
+    got = torch.autograd.grad(general_loss(z, teacher, temperature), z)[0]
+    want = rk.logit_cotangents(z.detach(), teacher, torch.arange(6) % 5, temperature)[1]
+    assert torch.allclose(got, want, atol=1e-6) and want.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_with_shortcuts_and_without_the_step_is_the_same_but_for_rounding(model, temperature):
+    pairs = []
+    for shortcuts in (False, True):
+        optimizer = MaskAdam(model, lr=1e-3)
+        config = TrainConfig(strength=1.0, temperature=temperature, shortcuts=shortcuts)
+        gradients(model, TEXT, *batch(IMAGES), optimizer, config, seed=1, step=0)
+        pairs.append([optimizer.gradients.pair(i, general=True)[:2] for i in range(len(optimizer.masks))])
+    for official, mine in zip(*pairs):
+        assert all((a - b).norm() <= 1e-4 * a.norm() and a.norm() > 0 for a, b in zip(official, mine))
