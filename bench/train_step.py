@@ -203,7 +203,7 @@ def main() -> None:
             raise SystemExit(str(error)) from None
         least = 2 if args.quick else 5
         times, replays = timed(problem, made, 1.0 if args.quick else args.seconds, least)
-        extra = profile(problem, made, least) if args.profile else []
+        extra = profile(problem, made, 2) if args.profile else []
         del problem, made
     counted = (PUBLISHED, RMT) if args.quick else NAMES
     counted = [n for n in args.variants if n in counted and (not times or n in times)]
