@@ -68,6 +68,7 @@ class MaskAdam(torch.optim.Optimizer):
         self._seen: tuple | None = None
         self._counted: tuple | None = None
         self._some_off = False
+        self._made: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __getstate__(self) -> dict:
         kept = {"masks", "threshold", "state_format", "capturable"}
@@ -134,8 +135,8 @@ class MaskAdam(torch.optim.Optimizer):
     def all_on(self) -> bool:
         """Whether every bit of every mask is on: the model is then the frozen one, bit for bit.
 
-        Steps count bits as they go. Here they are counted anew where scores have changed otherwise. Waits for the device
-        until a bit is off; from then on the answer is no, without asking, even if all should come on again.
+        Steps count bits as they go. Here they are counted anew where scores have changed otherwise. Waits for the
+        device until a bit is off; from then on the answer is no, without asking, even if all should come on again.
         """
         if self._counted != self._versions():
             on = [int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
@@ -166,6 +167,7 @@ class MaskAdam(torch.optim.Optimizer):
         group["step"] += 1
         for i in live:
             self._make_state(i)
+        counted = len(live) == len(self.masks) or self._counted == self._versions()
         self._refresh_norms()
         step = torch.as_tensor(group["step"], device=self._norms.device)
         factors = rmt_kernels.adam_factors(step, group["lr"], *group["betas"])
@@ -178,7 +180,8 @@ class MaskAdam(torch.optim.Optimizer):
         for kind, part in parts.items():
             self._update(part, dropout, factors, step, compact=not kind)
         self.gradients.clear()
-        self._seen = self._counted = self._versions()
+        self._seen = self._versions()
+        self._counted = self._seen if counted else None
         return loss
 
     def _make_state(self, i: int) -> None:
@@ -205,19 +208,28 @@ class MaskAdam(torch.optim.Optimizer):
             options |= {"weights": [m.weight.contiguous() for m in found], "dense": dense}
         if self.state_format == "8bit":
             options |= {"scales": [s[name] for s in states for name in ("exp_avg_scale", "exp_avg_sq_scale")]}
-        whole = len(live) == len(self.masks)
-        norms, counts = (self._norms, self.counts) if whole else (self._norms[live], self.counts[live])
+        where, others = self._places(live)
+        norms, counts = self._norms.index_select(0, where), self.counts.index_select(0, where)
         rmt_kernels.mask_update_(
             rows, bits, *averages, grads, factors, **options, norms=norms, counts=counts, beta1=group["betas"][0],
             beta2=group["betas"][1], eps=group["eps"], threshold=self.threshold,
         )  # fmt: skip
-        if compact:
-            others = [m.weight.numel() - m.scores.numel() for m in found]
-            counts[:, 1] += torch.tensor(others, device=counts.device)
-        if not whole:
-            self._norms[live], self.counts[live] = norms, counts
+        counts[:, 1] += others
+        self._norms.index_copy_(0, where, norms)
+        self.counts.index_copy_(0, where, counts)
         for mask in found:
             mask.refresh() if compact else mask.module.mark_fresh(mask.prefix)
+
+    def _places(self, live: list[int]) -> tuple[Tensor, Tensor]:
+        """(L,) positions of these masks, and (L,) how many weights of each have no score.
+
+        Made once: a CUDA graph may not copy from the host.
+        """
+        key = tuple(live)
+        if key not in self._made:
+            others = [self.masks[i].weight.numel() - self.masks[i].scores.numel() for i in live]
+            self._made[key] = tuple(torch.tensor(v, device=self.counts.device) for v in (live, others))
+        return self._made[key]
 
     def _gradients(
         self, live: list[int], rows: list[Tensor], dropout: Dropout | None, step: Tensor

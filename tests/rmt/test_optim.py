@@ -412,3 +412,25 @@ def test_moments_have_their_format_and_resume_to_the_same_bits(state):
     other = rmt.MaskAdam(small_model(), state="fp32" if state != "fp32" else "bf16")
     with pytest.raises(ValueError, match="moments must be"):
         other.load_state_dict(whole.state_dict())
+
+
+def test_whether_all_bits_are_on_is_never_taken_from_an_old_count():
+    model = small_model()
+    with torch.no_grad():
+        for mask in rmt.masks(model):
+            mask.scores.fill_(1e-2)
+    optimizer = rmt.MaskAdam(model, lr=1e-5)
+    first, *others = optimizer.masks
+    assert optimizer.all_on()
+    with torch.no_grad():
+        others[-1].scores[0, 0] = 0.0
+    first.scores.grad = torch.ones_like(first.scores)
+    optimizer.step()  # counts the first mask alone
+    assert not optimizer.all_on()
+    with torch.no_grad():
+        others[-1].scores[0, 0] = 1e-2
+    assert optimizer.all_on()
+    optimizer.step()
+    assert optimizer.all_on()
+    on = [int(rk.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in optimizer.masks]
+    assert optimizer.counts[:, 1].tolist() == on
