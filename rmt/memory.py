@@ -12,8 +12,9 @@ def keep_freed_memory() -> bool:
     """Tells this process's allocator to keep what is freed. Returns whether it can; glibc alone can.
 
     By default glibc maps every large block anew and gives it back when it is freed. A training step frees and allocates
-    the same few GiB of activations again and again, and each 4 KiB of it costs a page fault: on a virtual machine a tenth
-    of a step and more. `rmt` commands call this; a library's user decides. Blocks above 1 GiB are mapped all the same.
+    the same few GiB of activations again and again, and each 4 KiB of them costs a page fault: `bench/train_step.py
+    --malloc default` shows how much. `rmt` commands call this; a library's user decides. Blocks above 1 GiB are mapped
+    all the same.
     """
     if not sys.platform.startswith("linux"):
         return False
