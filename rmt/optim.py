@@ -121,7 +121,7 @@ class MaskAdam(torch.optim.Optimizer):
         for norm, mask in zip(self._norms, self.masks):
             state = self.state.get(mask.scores)
             if state:
-                if torch.isclose(state["norm"], norm, rtol=1e-4):
+                if "norm" in state and torch.isclose(state["norm"], norm, rtol=1e-4):
                     norm.copy_(state["norm"])
                 state["norm"] = norm
 

@@ -17,7 +17,7 @@ from .checkpoint import write_whole
 from .config import UserError
 from .optim import MaskAdam
 
-VERSION = 1
+VERSION = 2
 
 
 class Resume:
