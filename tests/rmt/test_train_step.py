@@ -66,10 +66,14 @@ def test_the_teachers_backward_is_in_no_floor(problem):
 
 
 def test_hidden_products_cost_what_they_are(problem):
-    """rmt's operators hide theirs from the recorder: by formula its step has as many FLOPs as the eager one."""
-    eager, ours = (floor.Floor(recorded(problem, name)) for name in (variants.EAGER, variants.RMT))
-    assert eager.flops == ours.flops > 1e8
-    ours()
+    """rmt's operators hide theirs from the recorder: by formula its step has as many FLOPs as the eager one.
+
+    With the class token's tail it has fewer.
+    """
+    names = variants.EAGER, variants.LONG, variants.RMT
+    eager, whole, short = (floor.Floor(recorded(problem, name)) for name in names)
+    assert eager.flops == whole.flops > short.flops > 1e8
+    short()
 
 
 def test_hidden_products_of_each_operator():
@@ -93,8 +97,8 @@ def test_bf16_products_are_recorded_as_such():
         variants.Problem(variants.Setup(**vars(SETUP) | {"precision": "bf16"})), variants.RMT, torch.bfloat16
     )
     dtypes = collections.Counter(next(a.dtype for a in call.args if isinstance(a, floor.Like)) for call in calls)
-    # The text features' product is fp32: one a forward, one a pass back.
-    assert dtypes == {torch.float32: 4, torch.bfloat16: len(calls) - 4}
+    # In fp32 the text features' product and, on a CPU, attention in two blocks: each twice forward, twice back.
+    assert dtypes == {torch.float32: 4 * (1 + 2), torch.bfloat16: len(calls) - 12}
 
 
 def test_the_replay_writes_each_product_beside_its_operands():
@@ -113,11 +117,13 @@ def test_first_scores_leave_the_papers_share_off(problem):
     assert all(bool((s == 1e-2).all()) for s in fresh)
 
 
-@pytest.mark.parametrize("name", [variants.PUBLISHED, variants.EAGER, variants.RMT])
-def test_right_variants_pass_and_flip_bits(problem, judged, name):
+@pytest.mark.parametrize(
+    "name, apart", [(variants.PUBLISHED, 0.0), (variants.EAGER, 0.0), (variants.LONG, 1e-5), (variants.RMT, 1e-3)]
+)
+def test_right_variants_pass_and_flip_bits(problem, judged, name, apart):
     verdict = step_check.check(problem, name, variants.MAKE[name](problem), judged)
-    # Far inside of the bounds: rmt's products are the official ones.
-    assert verdict.apart <= 1e-5 * verdict.total and verdict.cosine > 0.99999
+    # Without shortcuts rmt's products are the official ones, but for the order of their rows.
+    assert verdict.apart <= apart * verdict.total and verdict.cosine > 0.99999
     first = [s.flatten(1) > official.THRESHOLD for s in problem.scores(usual=True).values()]
     assert sum(int((now != (s > official.THRESHOLD)).sum()) for now, s in zip(first, judged[-1].scores)) > 1000
 
@@ -125,7 +131,7 @@ def test_right_variants_pass_and_flip_bits(problem, judged, name):
 @pytest.mark.parametrize("changed", [{"strength": 0.2}, {"l2": 0.0}, {"temperature": 2.0}], ids=str)
 def test_a_wrong_recipe_is_refused(problem, judged, changed):
     variant = variants.Rmt(problem)
-    variant.config = variants.TrainConfig(**vars(variant.config) | changed)
+    variant.take.config = variants.TrainConfig(**vars(variant.take.config) | changed)
     with pytest.raises(step_check.NotEqual, match=r"apart .*Nothing is timed"):
         step_check.check(problem, variants.RMT, variant, judged)
 
