@@ -91,7 +91,7 @@ def attend(
 ) -> Tensor:
     """Scaled-dot-product attention of packed rows q, k, v: (B, L, 3E) -> (B, queries, E), or (L, B, ...) likewise.
 
-    On a CPU in fp32, whatever the rows' dtype: torch's backward for bf16 takes 4.6 times as long there as fp32's.
+    On a CPU in fp32, whatever the rows' dtype: torch's backward for bf16 takes several times as long there as fp32's.
     """
     dtype = packed.dtype
     if packed.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
