@@ -128,9 +128,19 @@ class MaskAdam(torch.optim.Optimizer):
     def _refresh_norms(self) -> None:
         """Norms of the scores as they are, unless the last step has left them."""
         if self._seen != self._versions():
+            self._follow_the_scores()
             with torch.no_grad():
                 self._norms.copy_(torch.stack([m.scores.norm() for m in self.masks]))
             self._seen = self._versions()
+
+    def _follow_the_scores(self) -> None:
+        """To another device, where a model has been moved after its optimizer was made."""
+        device = self.masks[0].scores.device
+        if self._norms.device != device:
+            self._norms, self.counts, self._made = self._norms.to(device), self.counts.to(device), {}
+            for norm, mask in zip(self._norms, self.masks):
+                if self.state[mask.scores]:
+                    self.state[mask.scores]["norm"] = norm
 
     def all_on(self) -> bool:
         """Whether every bit of every mask is on: the model is then the frozen one, bit for bit.

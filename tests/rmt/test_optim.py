@@ -434,3 +434,18 @@ def test_whether_all_bits_are_on_is_never_taken_from_an_old_count():
     assert optimizer.all_on()
     on = [int(rk.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in optimizer.masks]
     assert optimizer.counts[:, 1].tolist() == on
+
+
+@pytest.mark.gpu
+def test_a_model_moved_after_its_optimizer_was_made_trains_there():
+    runs = []
+    for device in ("cpu", "cuda"):
+        model = small_model()
+        optimizer = rmt.MaskAdam(model, lr=1e-3)
+        assert not optimizer.all_on()
+        model.to(device)
+        for mask in optimizer.masks:
+            mask.scores.grad = torch.ones_like(mask.scores)
+        optimizer.step()
+        runs.append([m.scores.detach().cpu() for m in optimizer.masks])
+    assert all(torch.allclose(a, b, rtol=1e-6) for a, b in zip(*runs))
