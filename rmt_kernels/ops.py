@@ -8,7 +8,7 @@ describe outputs.
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ _SCHEMAS = {
     "masked_weight": "(Tensor weight, Tensor bits, Tensor? scores) -> Tensor",
     "masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? dense, Tensor? scores) -> Tensor",
     "masked_linear_dx": "(Tensor g, Tensor weight, Tensor bits, Tensor? dense) -> Tensor",
-    "grouped_masked_linear": "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor offsets) -> Tensor",
+    "masked_weight_": "(Tensor(a!) out, Tensor weight, Tensor bits, Tensor? old) -> ()",
+    "grouped_masked_linear": "(Tensor x, Tensor weight, Tensor?[] bits, Tensor? bias, int[] offsets, bool invariant) "
+    "-> Tensor",
     "weight_grad_": "(Tensor(a!) out, Tensor g, Tensor x, bool accumulate) -> ()",
     "mask_grad": "(Tensor x, Tensor g_task, Tensor? g_general, Tensor weight, Tensor? scores, Tensor? penalty, "
     "Tensor? rng, float strength, int stream) -> Tensor",
@@ -67,7 +69,7 @@ def masked_linear_dx_fake(g, weight, bits, dense):
     return g.new_empty((*g.shape[:-1], weight.shape[1]))
 
 
-def grouped_masked_linear_fake(x, weight, bits, bias, offsets):
+def grouped_masked_linear_fake(x, weight, bits, bias, offsets, invariant):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
@@ -87,13 +89,20 @@ def mask_update_fake(*args):
     return None
 
 
+def masked_weight_out_fake(out, weight, bits, old):
+    return None
+
+
+# masked_weight has a fake of its own.
+_FAKES = {"masked_weight_": masked_weight_out_fake}
+
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"rmt_kernels::{_name}", _schema)
     _run = functools.partial(backends.run, _name)
     # scores only route the straight-through gradient: no kernel reads them.
     _kernel = (lambda *args, run=_run: run(*args[:-1])) if _name in ("masked_linear", "masked_weight") else _run
     torch.library.impl(f"rmt_kernels::{_name}", ("cpu", "cuda"), _kernel)
-    torch.library.register_fake(f"rmt_kernels::{_name}", globals()[f"{_name.rstrip('_')}_fake"])
+    torch.library.register_fake(f"rmt_kernels::{_name}", _FAKES.get(_name) or globals()[f"{_name.rstrip('_')}_fake"])
 
 _ops = torch.ops.rmt_kernels
 
@@ -292,26 +301,49 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, *, dense: Tensor |
     return _ops.masked_linear_dx(g, weight, bits, dense)
 
 
+def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, *, old: Tensor | None = None) -> None:
+    """Writes `masked_weight(weight, bits)` into `out` (N, K), of weight's dtype. Nothing is allocated.
+
+    Args:
+        old: (N, ceil(K / 32)) int32, the bits that `out` was made of before, from the same weight: only the words of 32
+            weights that differ are then read and written.
+
+    Raises: ValueError, TypeError on a wrong shape, dtype, device or layout.
+    """
+    checks.need_matrix("weight", weight)
+    checks.need_bits(weight, bits)
+    checks.need_like("out", out, weight.shape, weight.device, (weight.dtype,))
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if old is not None:
+        checks.need_bits(weight, old)
+    _ops.masked_weight_(out, weight, bits, old)
+
+
 def grouped_masked_linear(
-    x: Tensor, weight: Tensor, bits: Tensor, offsets: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """Many tasks over one weight: rows offsets[t] .. offsets[t + 1] of x use bits[t].
+    x: Tensor, weight: Tensor, bits: Sequence[Tensor | None], offsets: Sequence[int], bias: Tensor | None = None, *,
+    invariant: bool = False,
+) -> Tensor:  # fmt: skip
+    """Many tasks over one weight: rows offsets[g] .. offsets[g + 1] of x use bits[g].
 
     Args:
         x: (M, K), rows grouped by task.
         weight: (N, K), shared.
-        bits: (T, N, ceil(K / 32)) int32.
-        offsets: (T + 1,) int64, ascending from 0 to M. On CUDA its values are checked only with RMT_SYNC_ERRORS=1,
-            and the reference backend waits for them.
+        bits: G tensors (N, ceil(K / 32)) int32; None: all of weight. One may stand for several groups.
+        offsets: G + 1 integers, ascending from 0 to M.
         bias: (N,), shared.
+        invariant: a row's result depends on that row and its mask alone, bit for bit, whatever else is in the batch:
+            straight from the words at every size, which costs time where a GEMM would be faster. False: each group is
+            computed as `masked_linear` computes it alone.
 
     Raises: ValueError, TypeError; ValueError where a gradient would be needed, since serving has no backward.
     """
     checks.need_matrix("weight", weight)
-    if not isinstance(bits, Tensor) or bits.dim() != 3 or not len(bits):
-        raise ValueError(f"bits must be (T, N, ceil(K / 32)) with at least one task, got {checks.describe(bits)}")
-    checks.need_bits(weight, bits, (len(bits),))
-    checks.need_like("offsets", offsets, (len(bits) + 1,), weight.device, (torch.int64,))
+    if isinstance(bits, Tensor) or not len(bits):
+        raise ValueError(f"bits must be a sequence of at least one tensor or None, got {checks.describe(bits)}")
+    for words in bits:
+        if words is not None:
+            checks.need_bits(weight, words)
     checks.need_rows("x", x, weight.shape[1], weight.device)
     if x.dim() != 2:
         raise ValueError(f"x must be (M, {weight.shape[1]}), got {checks.describe(x)}")
@@ -319,11 +351,10 @@ def grouped_masked_linear(
         checks.need_like("bias", bias, (weight.shape[0],), weight.device)
     if _records_graph(x, weight, bias):
         raise ValueError("grouped_masked_linear has no backward: call it under torch.no_grad()")
-    if x.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1":
-        ends = offsets.tolist() if not torch.compiler.is_compiling() else [0, x.shape[0]]
-        if ends[0] != 0 or ends[-1] != x.shape[0] or ends != sorted(ends):
-            raise ValueError(f"offsets must ascend from 0 to {x.shape[0]}, got {ends}")
-    return _ops.grouped_masked_linear(x, weight, bits, bias, offsets)
+    ends = [int(end) for end in offsets]
+    if len(ends) != len(bits) + 1 or ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
+        raise ValueError(f"offsets must be {len(bits) + 1} numbers ascending from 0 to {len(x)}, got {ends}")
+    return _ops.grouped_masked_linear(x, weight, list(bits), bias, ends, invariant)
 
 
 def weight_grad_(out: Tensor, g: Tensor, x: Tensor, *, accumulate: bool = False) -> None:

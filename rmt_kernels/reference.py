@@ -82,11 +82,30 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
     return g @ (masked_weight(weight, bits) if dense is None else dense).to(g.dtype)
 
 
-def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """(M, K) -> (M, N). Rows offsets[t] .. offsets[t + 1] use bits[t]; bits (T, N, ceil(K / 32)), offsets (T + 1,)."""
-    ends = offsets.tolist()
-    rows = [masked_linear(x[i:j], weight, b, bias, None) for b, i, j in zip(bits, ends, ends[1:])]
-    return torch.cat(rows)
+def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:
+    """out = masked_weight(weight, bits). old: the bits that `out` holds now; only words that differ are written."""
+    if old is None:
+        out.copy_(masked_weight(weight, bits))
+    else:
+        changed = unpack_bits(bits ^ old, weight.shape[1])
+        out.copy_(torch.where(changed, masked_weight(weight, bits), out))
+
+
+def grouped_masked_linear(
+    x: Tensor, weight: Tensor, bits: list[Tensor | None], bias: Tensor | None, offsets: list[int], invariant: bool
+) -> Tensor:
+    """(M, K) -> (M, N). Rows offsets[g] .. offsets[g + 1] use bits[g] (N, ceil(K / 32)), or all of weight where None.
+
+    invariant: a row's result depends on that row and its mask alone, whatever else is in the batch: here each row is a
+    product of its own.
+    """
+    y = x.new_empty((len(x), len(weight)))
+    for words, i, j in zip(bits, offsets, offsets[1:]):
+        dense = weight if words is None else masked_weight(weight, words)
+        for first in range(i, j) if invariant else (i,):
+            rows = slice(first, first + 1 if invariant else j)
+            y[rows] = linear(x[rows], dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y
 
 
 def logit_cotangents(logits: Tensor, teacher: Tensor, label: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,8 @@ from torch import Tensor
 ORDER = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
 NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = (
-    "pack_bits", "pack_scores", "unpack_bits", "masked_weight", "masked_linear", "masked_linear_dx",
-    "grouped_masked_linear", "weight_grad_", "mask_grad", "gradient_dropout", "mask_update_",
+    "pack_bits", "pack_scores", "unpack_bits", "masked_weight", "masked_weight_", "masked_linear",
+    "masked_linear_dx", "grouped_masked_linear", "weight_grad_", "mask_grad", "gradient_dropout", "mask_update_",
 )  # fmt: skip
 # The products that choose a path by dispatch.json, and the op whose rows they read.
 PRODUCTS = {

@@ -146,24 +146,27 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
     return reference.masked_linear_dx(g, weight, bits, masked_weight(weight, bits) if dense is None else dense)
 
 
-def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    n, k = weight.shape
-    ends = offsets.tolist()
-    # The longest task decides for all, so that each gets what it would get alone, bit for bit.
-    longest = max(j - i for i, j in pairwise(ends))
-    takes = has_bits_kernel("masked_linear", x, weight, bias)
-    if takes and decide("masked_linear", x.dtype, n, k, longest).path == "bits":
-        x = x if x.stride(1) == 1 else x.contiguous()
-        y = torch.empty((x.shape[0], n), dtype=x.dtype)
-        extension.cpu_masked_linear(
-            x.data_ptr(), weight.data_ptr(), bits.data_ptr(), _ptr(bias), offsets.data_ptr(), y.data_ptr(),
-            DTYPES[str(x.dtype)], bits.shape[0], n, k, x.stride(0), _threads(n * k),
-        )  # fmt: skip
-        return y
-    y = torch.empty((x.shape[0], n), dtype=x.dtype)
-    for task, (i, j) in enumerate(pairwise(ends)):
-        if j > i:
-            y[i:j] = masked_linear(x[i:j], weight, bits[task], bias, None)
+def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:
+    if old is None:
+        weight, (n, k) = weight.contiguous(), weight.shape
+        extension.cpu_masked_weight(
+            weight.data_ptr(), bits.data_ptr(), n, k, weight.element_size(), out.data_ptr(), _threads(n * k)
+        )
+    else:
+        reference.masked_weight_(out, weight, bits, old)
+
+
+def grouped_masked_linear(
+    x: Tensor, weight: Tensor, bits: list[Tensor | None], bias: Tensor | None, offsets: list[int], invariant: bool
+) -> Tensor:
+    if invariant:
+        return reference.grouped_masked_linear(x, weight, bits, bias, offsets, invariant)
+    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
+    for words, (i, j) in zip(bits, pairwise(offsets)):
+        if j > i and words is None:
+            y[i:j] = reference.linear(x[i:j], weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        elif j > i:
+            y[i:j] = masked_linear(x[i:j], weight, words, bias, None)
     return y
 
 

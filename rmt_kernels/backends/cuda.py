@@ -74,6 +74,8 @@ def lacks(name: str, args: tuple) -> str | None:
         return f"no CUDA kernel for {', '.join(sorted(other))}"
     if name == "mask_update_":
         return _update_lacks(*args[:7])
+    if name == "grouped_masked_linear" and (args[5] or any(words is None for words in args[2])):
+        return "rows without a mask, and invariant ones, have no kernel"
     if name in ("masked_linear", "grouped_masked_linear") and args[0].dtype != args[1].dtype:
         return f"x is {args[0].dtype} and weight {args[1].dtype}: the CUDA products take one dtype"
     if name == "masked_linear" and args[4] is None and _rows(args[0]) > SMALL_M and _from_bits(*args[:2]):
@@ -175,8 +177,10 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, 
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def grouped_masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    return _small(x, weight, bits, bias, offsets.contiguous())
+def grouped_masked_linear(
+    x: Tensor, weight: Tensor, bits: list[Tensor | None], bias: Tensor | None, offsets: list[int], invariant: bool
+) -> Tensor:
+    return _small(x, weight, torch.stack(bits), bias, torch.tensor(offsets, device=x.device))
 
 
 def _small(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
