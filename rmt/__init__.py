@@ -2,6 +2,7 @@
 
 from .attention import FusedMaskedMultiheadAttention
 from .backward import backward
+from .bank import Answer, TaskBank, load
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .masked import Mask, MaskedModule, disabled, masks
 from .memory import keep_freed_memory
@@ -12,6 +13,7 @@ from .select import Selection, clip_loss, select
 
 __version__ = "0.1.0"
 __all__ = [
+    "Answer",
     "FusedMaskedConv2d",
     "FusedMaskedLinear",
     "FusedMaskedMultiheadAttention",
@@ -23,6 +25,7 @@ __all__ = [
     "RunConfig",
     "SelectConfig",
     "Selection",
+    "TaskBank",
     "TrainConfig",
     "UserError",
     "backward",
@@ -30,6 +33,7 @@ __all__ = [
     "disabled",
     "get_mask_model",
     "keep_freed_memory",
+    "load",
     "masks",
     "select",
 ]

@@ -8,33 +8,12 @@ from .masked import INIT, THRESHOLD, MaskedModule
 from .modules import FusedMaskedLinear, add_masks, mask_by_weight, need_plain, turned_into
 
 
-class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` with masks on the packed in-projection (3E, E) and on `out_proj` (E, E).
+class PackedAttention(nn.MultiheadAttention):
+    """The forward of a masked `nn.MultiheadAttention`, over what its class makes of the weights.
 
-    Self-attention without returned weights runs the masked linears and scaled-dot-product attention; every other call
-    (cross-attention, `need_weights`, key padding) runs `F.multi_head_attention_forward` over the masked weights.
-    Arguments are those of `nn.MultiheadAttention`, then init and threshold as for `FusedMaskedLinear`.
+    A subclass has `_linear(x, prefix, bias)`, the product over the masked in-projection, and `_masked_weight(prefix)`,
+    that weight; `out_proj` is a masked linear layer with the same two.
     """
-
-    mask_prefixes = ("in_proj_",)
-
-    def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        _mask_packed_attention(self, nn.MultiheadAttention, init, threshold)
-
-    @classmethod
-    def from_module(cls, attn: nn.Module, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
-        """A masked layer on `attn`'s own tensors. Takes `nn.MultiheadAttention`, or a module of the shape of
-        open_clip's own `Attention`: a parameter `in_proj_weight`, a Linear `out_proj`, its own forward."""
-        if not isinstance(attn, nn.MultiheadAttention):
-            return _mask_own_attention(attn, init, threshold)
-        need_plain(attn, nn.MultiheadAttention)
-        if type(attn).forward is nn.MultiheadAttention.forward:
-            return _mask_packed_attention(turned_into(attn, cls), type(attn), init, threshold)
-        layer = mask_by_weight(attn, ("in_proj_",), init, threshold)
-        # A forward of its own that ends in nn.MultiheadAttention's reads this weight as well, and calls no Linear.
-        layer.out_proj = mask_by_weight(attn.out_proj, ("",), init, threshold)
-        return layer
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
@@ -84,6 +63,35 @@ class FusedMaskedMultiheadAttention(MaskedModule, nn.MultiheadAttention):
             attn_mask = attn_mask[..., :queries, :]
         dropout = self.dropout if self.training else 0.0
         return self.out_proj(attend(packed, self.num_heads, self.batch_first, attn_mask, dropout, queries))
+
+
+class FusedMaskedMultiheadAttention(MaskedModule, PackedAttention):
+    """`nn.MultiheadAttention` with masks on the packed in-projection (3E, E) and on `out_proj` (E, E).
+
+    Self-attention without returned weights runs the masked linears and scaled-dot-product attention; every other call
+    (cross-attention, `need_weights`, key padding) runs `F.multi_head_attention_forward` over the masked weights.
+    Arguments are those of `nn.MultiheadAttention`, then init and threshold as for `FusedMaskedLinear`.
+    """
+
+    mask_prefixes = ("in_proj_",)
+
+    def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        _mask_packed_attention(self, nn.MultiheadAttention, init, threshold)
+
+    @classmethod
+    def from_module(cls, attn: nn.Module, init: float = INIT, threshold: float = THRESHOLD) -> nn.Module:
+        """A masked layer on `attn`'s own tensors. Takes `nn.MultiheadAttention`, or a module of the shape of
+        open_clip's own `Attention`: a parameter `in_proj_weight`, a Linear `out_proj`, its own forward."""
+        if not isinstance(attn, nn.MultiheadAttention):
+            return _mask_own_attention(attn, init, threshold)
+        need_plain(attn, nn.MultiheadAttention)
+        if type(attn).forward is nn.MultiheadAttention.forward:
+            return _mask_packed_attention(turned_into(attn, cls), type(attn), init, threshold)
+        layer = mask_by_weight(attn, ("in_proj_",), init, threshold)
+        # A forward of its own that ends in nn.MultiheadAttention's reads this weight as well, and calls no Linear.
+        layer.out_proj = mask_by_weight(attn.out_proj, ("",), init, threshold)
+        return layer
 
 
 def attend(

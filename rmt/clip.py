@@ -43,6 +43,16 @@ class Clip:
     config: dict | None = None
 
 
+def pick_device(name: str) -> torch.device:
+    """`auto` is a CUDA device where there is one. Raises UserError for a device that is unknown or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from error
+
+
 def load(name: str, pretrained: str | None, image_size: int | None, device: torch.device) -> Clip:
     """Loads `local-dir:PATH`, `hf-hub:ID` or an open_clip name with a pretrained tag or file. fp32, as R-AMT.
 

@@ -70,16 +70,6 @@ def _watched(batches: Iterable[tuple[Tensor, Tensor]], advance: Callable[[int], 
         advance(done := done + len(label))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is a CUDA device where there is one. Raises UserError for a device that is unknown or not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from error
-
-
 def sampled(config: RunConfig) -> Split:
     """The data of a run: CoOp's few-shot sample over all classes, and only then the base or new half of them."""
     split = read(config)
@@ -109,7 +99,7 @@ def prepare(
 
 
 def _load(config: RunConfig, split: Split | None) -> tuple[RunConfig, Split, clip.Clip, str]:
-    config, device = resolve(config), pick_device(config.device)
+    config, device = resolve(config), clip.pick_device(config.device)
     split = subset(read(config), config.classes) if split is None else split
     loaded = clip.load(config.model, config.pretrained, config.image_size, device)
     return config, split, loaded, config.template or split.template or TEMPLATE

@@ -207,4 +207,4 @@ def test_a_run_folder_that_is_none_or_is_damaged_is_named(tmp_path):
 
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="device must be auto, cpu or a device of this machine, got 'gpu'"):
-        evaluate.pick_device("gpu")
+        clip.pick_device("gpu")

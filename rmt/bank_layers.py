@@ -1,0 +1,344 @@
+"""The layers of a task bank: a model's own weights, and for every group of rows the bits of its task.
+
+A layer holds no scores and no masked weight. Which bits it uses is in the `Plan` of the call, a context variable: calls
+of several threads never see each other's. Without a plan, or compiled, a layer uses the bits in its own buffers, which
+are rewritten in place when another task becomes active.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import rmt_kernels as rk
+
+from .attention import PackedAttention
+from .config import UserError
+from .modules import patch_rows, patches, turned_into
+from .named import is_attention, is_pool
+
+Bits = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which images of a batch belong to which task.
+
+    bits: one a group, {key: (N, ceil(K / 32)) int32}, of a key that is missing every weight is on. ends: images before
+    each group, and their number. invariant: as for `rmt_kernels.grouped_masked_linear`. kept: the layers' own masked
+    weights are this task's.
+    """
+
+    bits: tuple[Bits, ...]
+    ends: tuple[int, ...]
+    invariant: bool = False
+    kept: bool = False
+
+    def groups(self, key: str) -> tuple[list[Tensor | None], list[int]]:
+        """Bits and ends of one weight, neighbours of the same bits taken together."""
+        words: list[Tensor | None] = []
+        ends = [0]
+        for bits, end in zip(self.bits, self.ends[1:]):
+            mine = bits.get(key)
+            if words and mine is words[-1]:
+                ends[-1] = end
+            else:
+                words.append(mine)
+                ends.append(end)
+        return words, ends
+
+    def alone(self) -> Iterator[tuple[int, int, "Plan"]]:
+        """First image, number of images and plan of every group by itself."""
+        for bits, (first, end) in zip(self.bits, pairwise(self.ends)):
+            yield first, end - first, Plan((bits,), (0, end - first), self.invariant)
+
+
+_PLAN: ContextVar[Plan | None] = ContextVar("rmt_bank_plan", default=None)
+
+
+@contextlib.contextmanager
+def running(plan: Plan) -> Iterator[None]:
+    """Inside, in this thread, the layers follow `plan`."""
+    token = _PLAN.set(plan)
+    try:
+        yield
+    finally:
+        _PLAN.reset(token)
+
+
+class BankModule:
+    """What a bank's layers share. `{prefix}bits`: buffers of the active task; `keys`: state-dict names by prefix."""
+
+    mask_prefixes: tuple[str, ...] = ("",)
+
+    def _open(self, host: type, keys: dict[str, str], batch_dim: int) -> "BankModule":
+        self._host = host, frozenset(self.__dict__)
+        self.requires_grad_(False)
+        self.keys, self._batch_dim, self._dense = keys, batch_dim, {}
+        for prefix in self.mask_prefixes:
+            weight = self._weight(prefix)
+            ones = rk.pack_bits(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+            self.register_buffer(prefix + "bits", ones, persistent=False)
+        return self
+
+    def _weight(self, prefix: str) -> Tensor:
+        """(N, K), the plain weight."""
+        return self._parameters[prefix + "weight"].flatten(1)
+
+    def _own(self, prefix: str) -> Plan:
+        return Plan(({self.keys[prefix]: self._buffers[prefix + "bits"]},), (0, 0))
+
+    def activate(self, bits: Bits, kept: bool) -> None:
+        """Rewrites the buffers in place: shapes and addresses stay. kept: the layer's masked weights too."""
+        for prefix, key in self.keys.items():
+            buffer, weight, new = self._buffers[prefix + "bits"], self._weight(prefix), bits.get(key)
+            if kept and prefix not in self._dense:
+                self._dense[prefix] = rk.masked_weight(weight, buffer)
+            if kept and new is not None:
+                rk.masked_weight_(self._dense[prefix], weight, new, old=buffer)
+            elif kept:
+                self._dense[prefix].copy_(weight)
+            if new is not None:
+                buffer.copy_(new)
+            else:
+                buffer.fill_(-1)
+                if weight.shape[1] % 32:
+                    buffer[:, -1] = (1 << weight.shape[1] % 32) - 1
+
+    def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
+        weight, device = self._weight(prefix), x.device.type
+        if torch.compiler.is_compiling():
+            return rk.masked_linear(x, weight, self._buffers[prefix + "bits"], bias)
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        plan = _PLAN.get() or self._own(prefix)
+        if plan.kept and x.dtype == weight.dtype:
+            return rk.reference.linear(x, self._dense[prefix], bias)
+        words, ends = plan.groups(self.keys[prefix])
+        if words == [None] and not plan.invariant and x.dtype == weight.dtype:
+            return rk.reference.linear(x, weight, bias)
+        batch_dim = self._batch_of(x, prefix)
+        rows = x.movedim(batch_dim, 0)
+        lead, rows = rows.shape[:-1], rows.reshape(-1, x.shape[-1])
+        offsets = [0, len(rows)] if len(words) == 1 else [end * (len(rows) // ends[-1]) for end in ends]
+        y = rk.grouped_masked_linear(rows, weight, words, offsets, bias, invariant=plan.invariant)
+        return y.view(*lead, y.shape[-1]).movedim(0, batch_dim)
+
+    def _batch_of(self, x: Tensor, prefix: str) -> int:
+        return self._batch_dim if x.dim() > 2 else 0
+
+    def _masked_weight(self, prefix: str) -> Tensor:
+        """The weight in its own shape with the off weights 0, for products that are not a linear layer's."""
+        weight = self._parameters[prefix + "weight"]
+        plan = _PLAN.get() or self._own(prefix)
+        if plan.kept:
+            return self._dense[prefix].view_as(weight)
+        words, _ = plan.groups(self.keys[prefix])
+        if len(words) > 1:
+            raise UserError(f"{self.keys[prefix]} is read as one weight, and cannot serve several tasks in one call")
+        return weight if words[0] is None else rk.masked_weight(weight.flatten(1), words[0]).view_as(weight)
+
+    def plain(self, bits: Bits, memo: dict[int, Any]) -> nn.Module:
+        """A module of the host's class with the mask merged in, sharing no tensor with this one."""
+        host, names = self._host
+        plain = turned_into(self, host)
+        for name in set(plain.__dict__) - names:
+            del plain.__dict__[name]
+        for prefix, key in self.keys.items():
+            weight, mine = self._parameters[prefix + "weight"], bits.get(key)
+            merged = weight.flatten(1).clone() if mine is None else rk.masked_weight(weight.flatten(1), mine)
+            plain._parameters[prefix + "weight"] = nn.Parameter(merged.view_as(weight), requires_grad=False)
+            del plain._buffers[prefix + "bits"]
+        for table in (plain._parameters, plain._buffers, plain._modules):
+            for name, value in table.items():
+                table[name] = copy.deepcopy(value, memo)
+        return plain
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._dense = {prefix: fn(dense) for prefix, dense in self._dense.items()}
+        return self
+
+
+class BankLinear(BankModule, nn.Linear):
+    """`nn.Linear` under the plan's masks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._linear(x, "", self.bias)
+
+
+class BankMultiheadAttention(BankModule, PackedAttention):
+    """`nn.MultiheadAttention` under the plan's masks; a call that is no plain self-attention runs task by task."""
+
+    mask_prefixes = ("in_proj_",)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple:
+        plan = _PLAN.get()
+        if torch.compiler.is_compiling() or plan is None or len(plan.bits) == 1 or (query is key is value):
+            return super().forward(query, key, value, *args, **options)
+        mask = options.get("attn_mask")
+        if args or (mask is not None and mask.dim() == 3):
+            raise UserError("attention of several tasks in one call takes options by name, and one attn_mask for all")
+        dim, parts = 0 if self.batch_first else 1, []
+        for first, count, mine in plan.alone():
+            padding = options.get("key_padding_mask")
+            given = options | {"key_padding_mask": None if padding is None else padding.narrow(0, first, count)}
+            with running(mine):
+                parts.append(super().forward(*(t.narrow(dim, first, count) for t in (query, key, value)), **given))
+        outs, weights = zip(*parts)
+        return torch.cat(outs, dim), None if weights[0] is None else torch.cat(weights)
+
+    def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
+        plan = _PLAN.get()
+        if bias is None or plan is None or not plan.invariant:
+            return super()._linear(x, prefix, bias)
+        # One image may take the other branch of _self_attention than many: the bias is added after the product in both.
+        return super()._linear(x, prefix, None) + bias.to(x.dtype)
+
+    def _batch_of(self, x: Tensor, prefix: str) -> int:
+        # PackedAttention hands over (L, B, E), or the rows of (B, L, E).
+        return 1 if x.dim() > 2 else 0
+
+
+class BankConv2d(BankModule, nn.Conv2d):
+    """`nn.Conv2d` under the plan's masks. Patches that do not overlap are rows of one grouped product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            weight = rk.masked_weight(self._weight(""), self._buffers["bits"])
+            return self._conv_forward(x, weight.view_as(self.weight), self.bias)
+        plan = _PLAN.get() or self._own("")
+        words, ends = plan.groups(self.keys[""])
+        if plan.kept or (len(words) == 1 and not plan.invariant):
+            return self._conv_forward(x, self._masked_weight(""), self.bias)
+        if not patches((self.stride, self.padding, self.dilation, self.groups), self.weight):
+            if plan.invariant:
+                raise UserError(f"{self.keys['']}: invariant answers need a convolution of patches that do not overlap")
+            parts = []
+            for first, count, mine in plan.alone():
+                with running(mine):
+                    parts.append(self._conv_forward(x.narrow(0, first, count), self._masked_weight(""), self.bias))
+            return torch.cat(parts)
+        size = self.weight.shape[2:]
+        rows = patch_rows(x, size)
+        each = len(rows) // len(x)
+        bias = None if self.bias is None else self.bias
+        offsets = [end * each for end in ends] if len(words) > 1 else [0, len(rows)]
+        y = rk.grouped_masked_linear(rows, self._weight(""), words, offsets, bias, invariant=plan.invariant)
+        return y.view(len(x), each, -1).transpose(1, 2).unflatten(2, (-1, x.shape[3] // size[1]))
+
+
+@functools.cache
+def _by_weight(host: type, prefixes: tuple[str, ...]) -> type:
+    """A class for modules whose own forward reads `{prefix}weight`: of several tasks, it runs once for each."""
+    body: dict[str, Any] = {"mask_prefixes": prefixes, "forward": _split(host.forward)}
+    for prefix in prefixes:
+        body[prefix + "weight"] = property(lambda self, prefix=prefix: self._masked_weight(prefix))
+    return type(f"Bank{host.__name__}", (BankModule, host), body)
+
+
+def _split(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def split(self: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        plan, dim = _PLAN.get(), getattr(self, "_batch_dim", 0)
+        if plan is None or len(plan.bits) == 1:
+            return forward(self, x, *args, **options)
+        parts = []
+        for first, count, mine in plan.alone():
+            with running(mine):
+                parts.append(forward(self, x.narrow(dim, first, count), *args, **options))
+        return torch.cat(parts, dim)
+
+    return split
+
+
+def open_weights(model: nn.Module, keys: Iterable[str]) -> None:
+    """Puts bank layers in the place of the modules that hold the weights `keys`, where none are yet.
+
+    Raises: UserError for a weight that the model does not have, or that no bank layer can hold; nothing is changed.
+    """
+    made: dict[str, nn.Module] = {}
+    for key in keys:
+        owner, _, attribute = key.rpartition(".")
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            raise UserError(f"the task is for another model: {type(model).__name__} has no module {owner}") from None
+        prefix = attribute.removesuffix("weight")
+        if module._parameters.get(attribute) is None or not attribute.endswith("weight"):
+            raise UserError(f"the task is for another model: {type(model).__name__} has no weight {key}")
+        if not isinstance(module, BankModule) and owner not in made:
+            made |= _opened(model, owner, prefix)
+    for name, module in made.items():
+        parent, _, child = name.rpartition(".")
+        # An attention's out_proj is made beside it, and belongs into the new one.
+        (made.get(parent) or model.get_submodule(parent))._modules[child] = module
+
+
+def _opened(model: nn.Module, owner: str, prefix: str) -> dict[str, nn.Module]:
+    parent_name, _, child = owner.rpartition(".")
+    module, parent = model.get_submodule(owner), model.get_submodule(parent_name)
+    own = type(module).forward
+    if is_attention(parent) and child == "out_proj" and isinstance(parent, nn.MultiheadAttention):
+        return _opened(model, parent_name, "in_proj_") if not isinstance(parent, BankModule) else {}
+    dim = _batch_dim(model, owner)
+    if isinstance(module, nn.MultiheadAttention):
+        if own is not nn.MultiheadAttention.forward or module.in_proj_weight is None:
+            raise UserError(f"{owner} ({type(module).__name__}) has a forward of its own, or separate q, k, v weights")
+        attention = _make(module, BankMultiheadAttention, owner, dim)
+        return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", dim)}
+    if is_pool(parent):
+        # Its forward reads the weights of its parts, and calls none of them.
+        if "forward" not in parent.__dict__:
+            parent.forward = _split(type(parent).forward).__get__(parent)
+        return {owner: _make(module, _by_weight(type(module), ("",)), owner, 0)}
+    if isinstance(module, nn.Linear) and own is nn.Linear.forward:
+        return {owner: _make(module, BankLinear, owner, dim)}
+    if isinstance(module, nn.Conv2d) and own is nn.Conv2d.forward:
+        return {owner: _make(module, BankConv2d, owner, 0)}
+    if is_attention(module):
+        attention = _make(module, _by_weight(type(module), ("in_proj_",)), owner, 0)
+        return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", 0)}
+    return {owner: _make(module, _by_weight(type(module), (prefix,)), owner, dim)}
+
+
+def _make(module: nn.Module, kind: type, name: str, batch_dim: int) -> nn.Module:
+    keys = {prefix: f"{name}.{prefix}weight" for prefix in kind.mask_prefixes}
+    return turned_into(module, kind)._open(type(module), keys, batch_dim)
+
+
+def _batch_dim(model: nn.Module, name: str) -> int:
+    """Where a module's input has its batch: as its transformer block's attention has it."""
+    while name:
+        module = model.get_submodule(name)
+        attention = module if isinstance(module, nn.MultiheadAttention) else getattr(module, "attn", None)
+        if isinstance(attention, nn.MultiheadAttention):
+            return 0 if attention.batch_first else 1
+        name = name.rpartition(".")[0]
+    return 0
+
+
+def bank_modules(model: nn.Module) -> list[BankModule]:
+    """In module order."""
+    return [module for module in model.modules() if isinstance(module, BankModule)]
+
+
+def plain_copy(model: nn.Module, bits: Bits) -> nn.Module:
+    """A copy of the model without bank layers, the masks `bits` merged in: exact in every dtype."""
+    memo: dict[int, Any] = {}
+    # Children first: a parent takes their copies.
+    for module in reversed(list(model.modules())):
+        if isinstance(module, BankModule):
+            memo[id(module)] = module.plain(bits, memo)
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if is_pool(module):
+            module.__dict__.pop("forward", None)
+    return copied
