@@ -21,8 +21,8 @@ class PackedAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As `nn.MultiheadAttention.forward`. (L, B, E), or (B, L, E) with batch_first, or (L, E) -> same shape."""
-        packed = query is key and key is value and query.dim() == 3 and self.bias_k is None and not self.add_zero_attn
-        if packed and not need_weights and key_padding_mask is None and not is_causal:
+        plain = not need_weights and key_padding_mask is None and not is_causal
+        if plain and query is key and key is value and self._is_packed(query):
             return self._self_attention(query, attn_mask), None
         if self.batch_first and query.dim() == 3:
             same = query is key, key is value
@@ -37,6 +37,9 @@ class PackedAttention(nn.MultiheadAttention):
             is_causal=is_causal,
         )  # fmt: skip
         return (y.transpose(0, 1) if self.batch_first and y.dim() == 3 else y), weights
+
+    def _is_packed(self, x: Tensor) -> bool:
+        return x.dim() == 3 and self.bias_k is None and not self.add_zero_attn
 
     def _self_attention(self, x: Tensor, attn_mask: Tensor | None, queries: int | None = None) -> Tensor:
         """x in the layout of `batch_first`. queries: only the first so many tokens ask; the output then has as many.

@@ -23,11 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import clip
-from .bank_layers import Plan, bank_modules, open_weights, plain_copy, running
+from .bank_layers import Plan, RowByRow, running
+from .bank_swap import bank_modules, open_weights, plain_copy
 from .bank_tasks import BASE, BaseWeights, Entry, ReadWrite, need_name
 from .checkpoint import Task, load_task
 from .config import UserError
 from .masked import masks
+
+# Banks whose tasks are off in this thread, by id.
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("rmt_bank_disabled", default=frozenset())
 
 
 class Answer(NamedTuple):
@@ -63,6 +67,8 @@ class TaskBank(nn.Module):
         super().__init__()
         if masks(model):
             raise UserError("a bank takes a plain model, got one with masks: save its task, and load the model anew")
+        if invariant and kept:
+            raise UserError("invariant answers come from the bits, not from kept weights: choose one of the two")
         self.model, self.tokenizer, self.preprocess = model.eval().requires_grad_(False), tokenizer, preprocess
         self.invariant, self.kept = invariant, kept
         self._entries: dict[str, Entry] = {}
@@ -70,8 +76,6 @@ class TaskBank(nn.Module):
         self._active: str | None = None
         self._lock, self._swap = threading.RLock(), ReadWrite()
         self._weights = BaseWeights(model)
-        self._off: ContextVar[bool] = ContextVar("rmt_bank_disabled", default=False)
-        self.register_buffer("_projection", None, persistent=False)
         self.training = False
         if invariant:
             self._make_invariant()
@@ -179,11 +183,11 @@ class TaskBank(nn.Module):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, in this thread, calls without `adapter_names` are the zero-shot model's."""
-        token = self._off.set(True)
+        token = _DISABLED.set(_DISABLED.get() | {id(self)})
         try:
             yield
         finally:
-            self._off.reset(token)
+            _DISABLED.reset(token)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +216,7 @@ class TaskBank(nn.Module):
         Raises: UserError for unknown names, and for a task without class names or text features.
         """
         if adapter_names is None:
-            adapter_names = [BASE if self._active is None or self._off.get() else self._active] * len(x)
+            adapter_names = [self._current() or BASE] * len(x)
         rows = self._rows(adapter_names, len(x))
         answers = []
         for entry, p in zip(rows, self._probabilities(x, rows)):
@@ -222,11 +226,7 @@ class TaskBank(nn.Module):
 
     def merge_and_unload(self, name: str) -> nn.Module:
         """A copy of the model, plain open_clip again, with one task merged in, exact in every dtype; the bank stays."""
-        bits = self._entry(name).bits
-        plain = plain_copy(self.model, bits)
-        if self._projection is not None:
-            plain.visual.proj = nn.Parameter(self._projection.clone(), requires_grad=False)
-        return plain
+        return plain_copy(self.model, self._entry(name).bits)
 
     def _apply(self, fn, recurse: bool = True):
         with self._lock:
@@ -248,13 +248,16 @@ class TaskBank(nn.Module):
             raise UserError(f"adapter_names must be one name for each of {count} images, got {names!r}")
         return [self._entry(name) for name in names]
 
+    def _current(self) -> str | None:
+        return None if id(self) in _DISABLED.get() else self._active
+
     def _encode_active(self, x: Tensor) -> Tensor:
-        name = None if self._off.get() else self._active
+        name = self._current()
         if not self.kept or name is None:
             return self._encode(x, [self._entry(BASE if name is None else name)] * len(x))
         with self._swap.reading():
             # Only now: the masked weights may have been another task's a moment ago.
-            plan = Plan((self._entry(self._active or BASE).bits,), (0, len(x)), self.invariant, kept=not self.invariant)
+            plan = Plan((self._entry(self._active or BASE).bits,), (0, len(x)), kept=True)
             return self._features(x, plan)
 
     def _encode(self, x: Tensor, rows: list[Entry]) -> Tensor:
@@ -274,11 +277,7 @@ class TaskBank(nn.Module):
 
     def _features(self, x: Tensor, plan: Plan) -> Tensor:
         with running(plan):
-            features = self.model.encode_image(x)
-        if self._projection is None:
-            return features
-        # One row at a time: a product of several rounds by how many they are.
-        return torch.cat([row @ self._projection for row in features.split(1)]) if len(x) else features.new_empty(0)
+            return self.model.encode_image(x)
 
     def _probabilities(self, x: Tensor, rows: list[Entry]) -> list[Tensor]:
         for entry in rows:
@@ -316,8 +315,7 @@ class TaskBank(nn.Module):
         for name, module in linear.items():
             prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
             open_weights(self.model, [f"{name}.{prefix}weight"])
-        # Taken out of the forward, where it would be one product of all images.
-        self._projection, visual.proj = visual.proj.detach(), None
+        visual.proj = RowByRow(visual.proj.detach(), False)
 
 
 def load(

@@ -8,7 +8,7 @@ are rewritten in place when another task becomes active.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +22,6 @@ import rmt_kernels as rk
 from .attention import PackedAttention
 from .config import UserError
 from .modules import patch_rows, patches, turned_into
-from .named import is_attention, is_pool
 
 Bits = Mapping[str, Tensor]
 
@@ -81,7 +80,8 @@ class BankModule:
     def _open(self, host: type, keys: dict[str, str], batch_dim: int) -> "BankModule":
         self._host = host, frozenset(self.__dict__)
         self.requires_grad_(False)
-        self.keys, self._batch_dim, self._dense = keys, batch_dim, {}
+        # _masking: prefixes of which the active task has something off.
+        self.keys, self._batch_dim, self._dense, self._masking = keys, batch_dim, {}, set()
         for prefix in self.mask_prefixes:
             weight = self._weight(prefix)
             ones = rk.pack_bits(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
@@ -93,7 +93,8 @@ class BankModule:
         return self._parameters[prefix + "weight"].flatten(1)
 
     def _own(self, prefix: str) -> Plan:
-        return Plan(({self.keys[prefix]: self._buffers[prefix + "bits"]},), (0, 0))
+        bits = {self.keys[prefix]: self._buffers[prefix + "bits"]} if prefix in self._masking else {}
+        return Plan((bits,), (0, 0))
 
     def activate(self, bits: Bits, kept: bool) -> None:
         """Rewrites the buffers in place: shapes and addresses stay. kept: the layer's masked weights too."""
@@ -106,8 +107,10 @@ class BankModule:
             elif kept:
                 self._dense[prefix].copy_(weight)
             if new is not None:
+                self._masking.add(prefix)
                 buffer.copy_(new)
             else:
+                self._masking.discard(prefix)
                 buffer.fill_(-1)
                 if weight.shape[1] % 32:
                     buffer[:, -1] = (1 << weight.shape[1] % 32) - 1
@@ -179,16 +182,18 @@ class BankMultiheadAttention(BankModule, PackedAttention):
 
     mask_prefixes = ("in_proj_",)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> tuple:
-        plan = _PLAN.get()
-        if torch.compiler.is_compiling() or plan is None or len(plan.bits) == 1 or (query is key is value):
-            return super().forward(query, key, value, *args, **options)
-        mask = options.get("attn_mask")
-        if args or (mask is not None and mask.dim() == 3):
-            raise UserError("attention of several tasks in one call takes options by name, and one attn_mask for all")
-        dim, parts = 0 if self.batch_first else 1, []
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention.forward`, its options by name."""
+        plan, dim = _PLAN.get(), 0 if self.batch_first else 1
+        whole = not (options.get("need_weights", True) or options.get("is_causal"))
+        whole = whole and query is key and key is value and self._is_packed(query)
+        padding, mask = options.get("key_padding_mask"), options.get("attn_mask")
+        if torch.compiler.is_compiling() or plan is None or len(plan.bits) == 1 or (whole and padding is None):
+            return super().forward(query, key, value, **options)
+        if mask is not None and mask.dim() == 3:
+            raise UserError("attention of several tasks in one call takes one attn_mask for all images")
+        parts = []
         for first, count, mine in plan.alone():
-            padding = options.get("key_padding_mask")
             given = options | {"key_padding_mask": None if padding is None else padding.narrow(0, first, count)}
             with running(mine):
                 parts.append(super().forward(*(t.narrow(dim, first, count) for t in (query, key, value)), **given))
@@ -229,22 +234,34 @@ class BankConv2d(BankModule, nn.Conv2d):
         size = self.weight.shape[2:]
         rows = patch_rows(x, size)
         each = len(rows) // len(x)
-        bias = None if self.bias is None else self.bias
         offsets = [end * each for end in ends] if len(words) > 1 else [0, len(rows)]
-        y = rk.grouped_masked_linear(rows, self._weight(""), words, offsets, bias, invariant=plan.invariant)
+        y = rk.grouped_masked_linear(rows, self._weight(""), words, offsets, self.bias, invariant=plan.invariant)
         return y.view(len(x), each, -1).transpose(1, 2).unflatten(2, (-1, x.shape[3] // size[1]))
 
 
+class RowByRow(nn.Parameter):
+    """A matrix by which each row is multiplied alone: a product of several rounds by how many they are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func.__name__ in ("matmul", "__matmul__") and isinstance(args[1], cls) and len(args[0]):
+                return torch.cat([func(row, args[1]) for row in args[0].split(1)])
+            return func(*args, **(kwargs or {}))
+
+
 @functools.cache
-def _by_weight(host: type, prefixes: tuple[str, ...]) -> type:
+def by_weight(host: type, prefixes: tuple[str, ...]) -> type:
     """A class for modules whose own forward reads `{prefix}weight`: of several tasks, it runs once for each."""
-    body: dict[str, Any] = {"mask_prefixes": prefixes, "forward": _split(host.forward)}
+    body: dict[str, Any] = {"mask_prefixes": prefixes, "forward": split_tasks(host.forward)}
     for prefix in prefixes:
         body[prefix + "weight"] = property(lambda self, prefix=prefix: self._masked_weight(prefix))
     return type(f"Bank{host.__name__}", (BankModule, host), body)
 
 
-def _split(forward: Any) -> Any:
+def split_tasks(forward: Any) -> Any:
+    """A forward(self, x, ...) that runs once for each task of the plan, on its part of x."""
+
     @functools.wraps(forward)
     def split(self: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:
         plan, dim = _PLAN.get(), getattr(self, "_batch_dim", 0)
@@ -257,88 +274,3 @@ def _split(forward: Any) -> Any:
         return torch.cat(parts, dim)
 
     return split
-
-
-def open_weights(model: nn.Module, keys: Iterable[str]) -> None:
-    """Puts bank layers in the place of the modules that hold the weights `keys`, where none are yet.
-
-    Raises: UserError for a weight that the model does not have, or that no bank layer can hold; nothing is changed.
-    """
-    made: dict[str, nn.Module] = {}
-    for key in keys:
-        owner, _, attribute = key.rpartition(".")
-        try:
-            module = model.get_submodule(owner)
-        except AttributeError:
-            raise UserError(f"the task is for another model: {type(model).__name__} has no module {owner}") from None
-        prefix = attribute.removesuffix("weight")
-        if module._parameters.get(attribute) is None or not attribute.endswith("weight"):
-            raise UserError(f"the task is for another model: {type(model).__name__} has no weight {key}")
-        if not isinstance(module, BankModule) and owner not in made:
-            made |= _opened(model, owner, prefix)
-    for name, module in made.items():
-        parent, _, child = name.rpartition(".")
-        # An attention's out_proj is made beside it, and belongs into the new one.
-        (made.get(parent) or model.get_submodule(parent))._modules[child] = module
-
-
-def _opened(model: nn.Module, owner: str, prefix: str) -> dict[str, nn.Module]:
-    parent_name, _, child = owner.rpartition(".")
-    module, parent = model.get_submodule(owner), model.get_submodule(parent_name)
-    own = type(module).forward
-    if is_attention(parent) and child == "out_proj" and isinstance(parent, nn.MultiheadAttention):
-        return _opened(model, parent_name, "in_proj_") if not isinstance(parent, BankModule) else {}
-    dim = _batch_dim(model, owner)
-    if isinstance(module, nn.MultiheadAttention):
-        if own is not nn.MultiheadAttention.forward or module.in_proj_weight is None:
-            raise UserError(f"{owner} ({type(module).__name__}) has a forward of its own, or separate q, k, v weights")
-        attention = _make(module, BankMultiheadAttention, owner, dim)
-        return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", dim)}
-    if is_pool(parent):
-        # Its forward reads the weights of its parts, and calls none of them.
-        if "forward" not in parent.__dict__:
-            parent.forward = _split(type(parent).forward).__get__(parent)
-        return {owner: _make(module, _by_weight(type(module), ("",)), owner, 0)}
-    if isinstance(module, nn.Linear) and own is nn.Linear.forward:
-        return {owner: _make(module, BankLinear, owner, dim)}
-    if isinstance(module, nn.Conv2d) and own is nn.Conv2d.forward:
-        return {owner: _make(module, BankConv2d, owner, 0)}
-    if is_attention(module):
-        attention = _make(module, _by_weight(type(module), ("in_proj_",)), owner, 0)
-        return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", 0)}
-    return {owner: _make(module, _by_weight(type(module), (prefix,)), owner, dim)}
-
-
-def _make(module: nn.Module, kind: type, name: str, batch_dim: int) -> nn.Module:
-    keys = {prefix: f"{name}.{prefix}weight" for prefix in kind.mask_prefixes}
-    return turned_into(module, kind)._open(type(module), keys, batch_dim)
-
-
-def _batch_dim(model: nn.Module, name: str) -> int:
-    """Where a module's input has its batch: as its transformer block's attention has it."""
-    while name:
-        module = model.get_submodule(name)
-        attention = module if isinstance(module, nn.MultiheadAttention) else getattr(module, "attn", None)
-        if isinstance(attention, nn.MultiheadAttention):
-            return 0 if attention.batch_first else 1
-        name = name.rpartition(".")[0]
-    return 0
-
-
-def bank_modules(model: nn.Module) -> list[BankModule]:
-    """In module order."""
-    return [module for module in model.modules() if isinstance(module, BankModule)]
-
-
-def plain_copy(model: nn.Module, bits: Bits) -> nn.Module:
-    """A copy of the model without bank layers, the masks `bits` merged in: exact in every dtype."""
-    memo: dict[int, Any] = {}
-    # Children first: a parent takes their copies.
-    for module in reversed(list(model.modules())):
-        if isinstance(module, BankModule):
-            memo[id(module)] = module.plain(bits, memo)
-    copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        if is_pool(module):
-            module.__dict__.pop("forward", None)
-    return copied
