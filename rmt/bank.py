@@ -276,6 +276,8 @@ class TaskBank(nn.Module):
         return torch.empty_like(features).index_copy_(0, index, features)
 
     def _features(self, x: Tensor, plan: Plan) -> Tensor:
+        if not len(x):
+            return x.new_empty(0, getattr(self.model.visual, "output_dim", 0))
         with running(plan):
             return self.model.encode_image(x)
 

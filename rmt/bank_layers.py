@@ -62,6 +62,10 @@ class Plan:
 _PLAN: ContextVar[Plan | None] = ContextVar("rmt_bank_plan", default=None)
 
 
+def _plan() -> Plan | None:
+    return None if torch.compiler.is_compiling() else _PLAN.get()
+
+
 @contextlib.contextmanager
 def running(plan: Plan) -> Iterator[None]:
     """Inside, in this thread, the layers follow `plan`."""
@@ -121,7 +125,7 @@ class BankModule:
             return rk.masked_linear(x, weight, self._buffers[prefix + "bits"], bias)
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        plan = _PLAN.get() or self._own(prefix)
+        plan = _plan() or self._own(prefix)
         if plan.kept and x.dtype == weight.dtype:
             return rk.reference.linear(x, self._dense[prefix], bias)
         words, ends = plan.groups(self.keys[prefix])
@@ -140,7 +144,7 @@ class BankModule:
     def _masked_weight(self, prefix: str) -> Tensor:
         """The weight in its own shape with the off weights 0, for products that are not a linear layer's."""
         weight = self._parameters[prefix + "weight"]
-        plan = _PLAN.get() or self._own(prefix)
+        plan = _plan() or self._own(prefix)
         if plan.kept:
             return self._dense[prefix].view_as(weight)
         words, _ = plan.groups(self.keys[prefix])
@@ -184,11 +188,11 @@ class BankMultiheadAttention(BankModule, PackedAttention):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, its options by name."""
-        plan, dim = _PLAN.get(), 0 if self.batch_first else 1
+        plan, dim = _plan(), 0 if self.batch_first else 1
         whole = not (options.get("need_weights", True) or options.get("is_causal"))
         whole = whole and query is key and key is value and self._is_packed(query)
         padding, mask = options.get("key_padding_mask"), options.get("attn_mask")
-        if torch.compiler.is_compiling() or plan is None or len(plan.bits) == 1 or (whole and padding is None):
+        if plan is None or len(plan.bits) == 1 or (whole and padding is None):
             return super().forward(query, key, value, **options)
         if mask is not None and mask.dim() == 3:
             raise UserError("attention of several tasks in one call takes one attn_mask for all images")
@@ -201,7 +205,7 @@ class BankMultiheadAttention(BankModule, PackedAttention):
         return torch.cat(outs, dim), None if weights[0] is None else torch.cat(weights)
 
     def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
-        plan = _PLAN.get()
+        plan = _plan()
         if bias is None or plan is None or not plan.invariant:
             return super()._linear(x, prefix, bias)
         # One image may take the other branch of _self_attention than many: the bias is added after the product in both.
@@ -219,7 +223,7 @@ class BankConv2d(BankModule, nn.Conv2d):
         if torch.compiler.is_compiling():
             weight = rk.masked_weight(self._weight(""), self._buffers["bits"])
             return self._conv_forward(x, weight.view_as(self.weight), self.bias)
-        plan = _PLAN.get() or self._own("")
+        plan = _plan() or self._own("")
         words, ends = plan.groups(self.keys[""])
         if plan.kept or (len(words) == 1 and not plan.invariant):
             return self._conv_forward(x, self._masked_weight(""), self.bias)
@@ -260,17 +264,21 @@ def by_weight(host: type, prefixes: tuple[str, ...]) -> type:
 
 
 def split_tasks(forward: Any) -> Any:
-    """A forward(self, x, ...) that runs once for each task of the plan, on its part of x."""
+    """A forward(self, x, ...) that runs once for each task of the plan, on its part of every tensor given by place."""
 
     @functools.wraps(forward)
-    def split(self: nn.Module, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        plan, dim = _PLAN.get(), getattr(self, "_batch_dim", 0)
+    def split(self: nn.Module, *args: Any, **options: Any) -> Any:
+        plan, dim = _plan(), getattr(self, "_batch_dim", 0)
         if plan is None or len(plan.bits) == 1:
-            return forward(self, x, *args, **options)
+            return forward(self, *args, **options)
         parts = []
         for first, count, mine in plan.alone():
+            # One tensor that is given twice stays one: hosts ask for that.
+            own = {id(t): t.narrow(dim, first, count) for t in args if isinstance(t, Tensor)}
             with running(mine):
-                parts.append(forward(self, x.narrow(dim, first, count), *args, **options))
-        return torch.cat(parts, dim)
+                parts.append(forward(self, *(own.get(id(t), t) for t in args), **options))
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts, dim)
+        return tuple(None if values[0] is None else torch.cat(values, dim) for values in zip(*parts))
 
     return split

@@ -66,7 +66,7 @@ def _opened(model: nn.Module, owner: str, prefix: str) -> dict[str, nn.Module]:
     if isinstance(module, nn.Conv2d) and own is nn.Conv2d.forward:
         return {owner: _make(module, BankConv2d, owner, 0)}
     if is_attention(module):
-        attention = _make(module, by_weight(type(module), ("in_proj_",)), owner, 0)
+        attention = _make(module, by_weight(type(module), ("in_proj_",)), owner, dim)
         return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", 0)}
     return {owner: _make(module, by_weight(type(module), (prefix,)), owner, dim)}
 
@@ -81,8 +81,8 @@ def _batch_dim(model: nn.Module, name: str) -> int:
     while name:
         module = model.get_submodule(name)
         attention = module if isinstance(module, nn.MultiheadAttention) else getattr(module, "attn", None)
-        if isinstance(attention, nn.MultiheadAttention):
-            return 0 if attention.batch_first else 1
+        if isinstance(attention, nn.Module) and is_attention(attention):
+            return 0 if getattr(attention, "batch_first", True) else 1
         name = name.rpartition(".")[0]
     return 0
 

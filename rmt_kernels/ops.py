@@ -7,7 +7,6 @@ describe outputs.
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
