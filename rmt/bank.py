@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,8 @@ class TaskBank(nn.Module):
     """A CLIP model that serves many tasks. Calls and attributes that are not its own are the model's.
 
     The model is changed in place: its masked modules become bank layers, which keep its weights and state-dict names.
-    Every method may be called from several threads at once. Features have no graph.
+    Every method may be called from several threads at once. Features have no graph. `bank.bfloat16()` rounds the model,
+    for speed where the processor multiplies bf16; tasks that mask other weights than a preset must be there before.
 
     Args:
         model: an open_clip model, or one masked by module names; in eval mode from then on.
@@ -76,6 +77,8 @@ class TaskBank(nn.Module):
         self._active: str | None = None
         self._lock, self._swap = threading.RLock(), ReadWrite()
         self._weights = BaseWeights(model)
+        # As it was in fp32: rounded to 16 bits it would change every probability.
+        self._scale = float(model.logit_scale.detach().float().exp())
         self.training = False
         if invariant:
             self._make_invariant()
@@ -230,6 +233,8 @@ class TaskBank(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         with self._lock:
+            if fn(torch.empty(0)).itemsize < 4:
+                self._weights.remember()
             super()._apply(fn, recurse)
             self._entries = {name: entry.moved(fn) for name, entry in self._entries.items()}
             self._base = self._base.moved(fn)
@@ -279,7 +284,7 @@ class TaskBank(nn.Module):
         if not len(x):
             return x.new_empty(0, getattr(self.model.visual, "output_dim", 0))
         with running(plan):
-            return self.model.encode_image(x)
+            return self.model.encode_image(x.to(self.logit_scale.dtype))
 
     def _probabilities(self, x: Tensor, rows: list[Entry]) -> list[Tensor]:
         for entry in rows:
@@ -287,8 +292,7 @@ class TaskBank(nn.Module):
                 lacks = "class names" if not entry.classnames else "text features, nor the bank a tokenizer"
                 raise UserError(f"task {entry.name!r} has no {lacks}: it cannot classify")
         features = F.normalize(self._encode(x, rows).float(), dim=-1)
-        scale = self.logit_scale.float().exp()
-        return [(scale * (entry.text @ f)).softmax(0) for entry, f in zip(rows, features)]
+        return [(self._scale * (entry.text @ f)).softmax(0) for entry, f in zip(rows, features)]
 
     def _text(self, entry: Entry) -> Tensor | None:
         if self.tokenizer is None or not entry.classnames or not entry.template:
@@ -322,13 +326,17 @@ class TaskBank(nn.Module):
 
 def load(
     name: str, pretrained: str | None = None, tasks: Mapping[str, str | Path] | Sequence[str | Path] = (), *,
-    image_size: int | None = None, device: str = "auto", invariant: bool = False, kept: bool = False,
-    allow_base_mismatch: bool = False,
+    image_size: int | None = None, device: str = "auto", precision: Literal["fp32", "bf16"] = "fp32",
+    invariant: bool = False, kept: bool = False, allow_base_mismatch: bool = False,
 ) -> TaskBank:  # fmt: skip
     """A bank over an open_clip model, loaded as `rmt train` loads it, with `tasks`: {name: path} or paths.
 
+    precision: "bf16" rounds the model once the tasks are there.
+
     Raises: UserError for a model or task that cannot be loaded, or that is of another backbone.
     """
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision must be fp32 or bf16, got {precision!r}")
     loaded = clip.load(name, pretrained, image_size, clip.pick_device(device))
     bank = TaskBank(
         loaded.model, tokenizer=loaded.tokenizer, preprocess=loaded.preprocess, invariant=invariant, kept=kept
@@ -336,4 +344,4 @@ def load(
     named = tasks.items() if isinstance(tasks, Mapping) else [(None, path) for path in tasks]
     for given, path in named:
         bank.load(path, given, allow_base_mismatch=allow_base_mismatch)
-    return bank
+    return bank.bfloat16() if precision == "bf16" else bank

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .bank_layers import Bits
 from .checkpoint import Task, count_on
-from .config import UserError
+from .config import PRESETS, MaskConfig, UserError
 from .files import sha256
+from .masking import find_targets
+from .named import is_attention
 
 BASE = "__base__"
 
@@ -71,6 +73,24 @@ class BaseWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._hashes: dict[frozenset[str], str] = {}
+        self._exact = True
+
+    def remember(self) -> None:
+        """Hashes what the presets mask, while the weights are still those that tasks are tuned on."""
+        for preset in PRESETS.values():
+            for towers in (("image",), ("image", "text")):
+                with contextlib.suppress(UserError):
+                    names = find_targets(self._model, MaskConfig(targets=preset.targets, towers=towers))
+                    self._hash(key for name in names for key in _keys(self._model, name))
+        self._exact = False
+
+    def _hash(self, keys: Iterable[str]) -> str | None:
+        """None where the weights have been rounded since."""
+        chosen = frozenset(keys)
+        if chosen not in self._hashes and self._exact:
+            found = {key: weight for key in chosen if (weight := self._find(key)) is not None}
+            self._hashes[chosen] = sha256({key: weight.float() for key, weight in found.items()})
+        return self._hashes.get(chosen)
 
     def need(self, task: Task, allow_mismatch: bool) -> None:
         """Raises UserError where it was not. allow_mismatch: names and shapes must be right, the weights need not."""
@@ -79,25 +99,38 @@ class BaseWeights:
             if tuple(weights[key].shape) != tuple(shape):
                 got = tuple(weights[key].shape)
                 raise UserError(f"{task.path} is for another model: {key} is {got} here, and {shape} there")
-        keys = frozenset(task.shapes)
-        if keys not in self._hashes and not allow_mismatch:
-            self._hashes[keys] = sha256({key: weight.float() for key, weight in weights.items()})
-        if not allow_mismatch and self._hashes[keys] != task.base_sha256:
+        got = None if allow_mismatch else self._hash(task.shapes)
+        if not allow_mismatch and got is None:
+            raise UserError(
+                f"{task.path} must be added before the bank's weights are rounded to 16 bits: whether it is for this "
+                "backbone cannot be told any more. allow_base_mismatch uses it all the same"
+            )
+        if not allow_mismatch and got != task.base_sha256:
             name = f" ({task.model}, pretrained {task.pretrained})" if task.model else ""
             raise UserError(
                 f"{task.path} is for another backbone: expected base weights with sha256 {task.base_sha256}{name}, got "
-                f"{self._hashes[keys]}. allow_base_mismatch uses it all the same"
+                f"{got}. allow_base_mismatch uses it all the same"
             )
 
     def _weight(self, task: Task, key: str) -> Tensor:
-        owner, _, attribute = key.rpartition(".")
-        try:
-            weight = self._model.get_submodule(owner)._parameters.get(attribute)
-        except AttributeError:
-            weight = None
+        weight = self._find(key)
         if weight is None:
             raise UserError(f"{task.path} is for another model: {type(self._model).__name__} has no weight {key}")
-        return weight.flatten(1)
+        return weight
+
+    def _find(self, key: str) -> Tensor | None:
+        owner, _, attribute = key.rpartition(".")
+        with contextlib.suppress(AttributeError):
+            weight = self._model.get_submodule(owner)._parameters.get(attribute)
+            return None if weight is None else weight.flatten(1)
+        return None
+
+
+def _keys(model: nn.Module, name: str) -> list[str]:
+    """Of the weights that a masked module `name` has."""
+    module = model.get_submodule(name)
+    packed = is_attention(module)
+    return [f"{name}.{key}" for key in (("in_proj_weight", "out_proj.weight") if packed else ("weight",))]
 
 
 class ReadWrite:

@@ -428,3 +428,26 @@ def test_load_from_files(tmp_path, files):
     (run / "task").symlink_to(files[0] / "all")
     assert bank.load(run) == "run"
     assert rk.explain("grouped_masked_linear")[0]["last"]
+
+
+def test_a_rounded_bank_answers_as_before_and_still_knows_its_backbone(files, tmp_path):
+    x, names = images(6), ["all", BASE, "mlp", "all", "attention", "mlp"]
+    bank = rmt.TaskBank(tiny.model(), tokenizer=tokenizer())
+    bank.set_classes(NAMES, TEMPLATE)
+    for name in CONFIGS:
+        bank.load(files[0] / name)
+    want, chances = bank.encode_image(x, names), bank.probabilities(x, names)
+    assert bank.bfloat16() is bank and bank.logit_scale.dtype == torch.bfloat16
+    got = bank.encode_image(x, names)
+    assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.05 * want.norm()
+    assert all(torch.allclose(p, c, atol=0.05) for p, c in zip(bank.probabilities(x, names), chances))
+    bank.load(files[0] / "all", "later")
+    assert torch.equal(bank.encode_image(x, ["later"] * 6), bank.encode_image(x, ["all"] * 6))
+    other = rmt.TaskBank(tiny.model(seed=1)).bfloat16()
+    with pytest.raises(UserError, match="for another backbone"):
+        other.load(files[0] / "all")
+    odd = MaskConfig(modules=("visual.transformer.resblocks.0.mlp.c_fc",))
+    tuned(odd).save_pretrained(tmp_path / "odd")
+    with pytest.raises(UserError, match="must be added before the bank's weights are rounded"):
+        bank.load(tmp_path / "odd")
+    assert "odd" not in bank.tasks
