@@ -113,8 +113,8 @@ def _calls(device: str) -> dict[str, Callable[[], Tensor]]:
     x, weight, bias, g_task, g_general = normal(m, k), normal(n, k), normal(n), normal(m, n), normal(m, n)
     scores = THRESHOLD + normal(n, k, scale=1e-2)
     bits = reference.pack_scores(scores, THRESHOLD)
-    task_bits = torch.stack([reference.pack_bits(normal(n, k) > 0) for _ in range(tasks)])
-    offsets, rng = torch.tensor([0, 2, 3, m], device=device), rk.rng_state(1, 2, device)
+    task_bits = [reference.pack_bits(normal(n, k) > 0) for _ in range(tasks)]
+    offsets, rng = [0, 2, 3, m], rk.rng_state(1, 2, device)
     penalty, factors = 1e-4 / scores.norm(), torch.tensor([1e-3, 2.0], device=device)
     a, b = (g_task.T @ x) * weight + penalty * scores, (g_general.T @ x) * weight
     clear = (rk.keep_probability(a, b) - rk.philox_uniform(rng, 0, (n, k))).abs() > 1e-3
@@ -123,6 +123,12 @@ def _calls(device: str) -> dict[str, Callable[[], Tensor]]:
         state = [t.clone() for t in (scores, bits, torch.zeros_like(scores), torch.zeros_like(scores))]
         rk.mask_update_(*([t] for t in state), [a], factors)
         return torch.cat([state[0].flatten(), state[2].flatten(), state[3].flatten()])
+
+    def swapped() -> Tensor:
+        out = torch.empty_like(weight)
+        rk.masked_weight_(out, weight, bits)
+        rk.masked_weight_(out, weight, task_bits[0], old=bits)
+        return out
 
     def weight_gradient() -> Tensor:
         out = torch.ones_like(weight)
@@ -135,6 +141,7 @@ def _calls(device: str) -> dict[str, Callable[[], Tensor]]:
         "pack_scores": lambda: rk.pack_scores(scores, THRESHOLD),
         "unpack_bits": lambda: rk.unpack_bits(bits, k),
         "masked_weight": lambda: rk.masked_weight(weight, bits),
+        "masked_weight_": swapped,
         "masked_linear": lambda: rk.masked_linear(x, weight, bits, bias),
         "masked_linear_dx": lambda: rk.masked_linear_dx(g_task, weight, bits),
         "grouped_masked_linear": lambda: rk.grouped_masked_linear(x, weight, task_bits, offsets, bias),

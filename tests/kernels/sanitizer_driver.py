@@ -45,8 +45,11 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[tuple[str
     yield "masked_weight", (weight, bits)
     yield "masked_linear", (x, weight, bits, bias, None)
     yield "masked_linear_dx", (t["g_task"], weight, bits, None)
-    others = torch.stack([bits, reference.pack_scores(-scores, THRESHOLD), bits])
-    yield "grouped_masked_linear", (x, weight, others, bias, torch.tensor([0, m // 2, m // 2, m]))
+    other_bits = reference.pack_scores(-scores, THRESHOLD)
+    yield "masked_weight_", (weight.clone(), weight, bits, None)
+    yield "masked_weight_", (dense.clone(), weight, other_bits, bits)
+    offsets = [0, m // 2, m // 2, m]
+    yield "grouped_masked_linear", (x, weight, [bits, other_bits, bits], bias, offsets, False)
     yield "gradient_dropout", (grad, other, *dropout)
     yield "mask_grad", (x, t["g_task"], t["g_general"], *dropout)
     state = ([scores], [bits], [moments[0]], [moments[1]], [dense])

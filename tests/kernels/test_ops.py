@@ -74,8 +74,14 @@ def op_calls() -> dict[str, tuple]:
         "masked_linear_dx": (OPS.masked_linear_dx, (t["g_task"], t["weight"], t["bits"], None)),
         "grouped_masked_linear": (
             OPS.grouped_masked_linear,
-            (t["x"], t["weight"], t["bits"].expand(3, -1, -1).contiguous(), None, torch.tensor([0, 1, 1, M])),
+            (t["x"], t["weight"], [t["bits"], None, t["bits"]], None, [0, 1, 1, M], False),
         ),
+        "grouped_masked_linear-invariant": (
+            OPS.grouped_masked_linear,
+            (t["x"], t["weight"], [None, t["bits"]], torch.randn(N), [0, 2, M], True),
+        ),
+        "masked_weight_": (OPS.masked_weight_, (torch.randn(N, K), t["weight"], t["bits"], None)),
+        "masked_weight_-old": (OPS.masked_weight_, (dense.clone(), t["weight"], t["bits"].flip(0), t["bits"])),
         "weight_grad_": (OPS.weight_grad_, (torch.randn(N, K), t["g_task"], t["x"], False)),
         "weight_grad_-accumulate": (
             OPS.weight_grad_,
@@ -270,21 +276,25 @@ def test_no_rows_give_no_rows_and_zero_gradients(lead):
 
 def test_grouped_with_no_rows_at_all():
     t = layer((M, N, K))
-    y = rk.grouped_masked_linear(torch.empty(0, K), t["weight"], t["bits"][None], torch.tensor([0, 0]), t["bias"])
-    assert y.shape == (0, N)
+    for invariant in (False, True):
+        y = rk.grouped_masked_linear(
+            torch.empty(0, K), t["weight"], [t["bits"]], [0, 0], t["bias"], invariant=invariant
+        )
+        assert y.shape == (0, N)
 
 
-# Tasks of few rows run together, straight from their words; a task of many rows sends each through its own product.
-@pytest.mark.parametrize("sizes", [(1, 0, 2, 1, 2), (1, 1, 30, 0, 8)], ids=["few-rows", "many-rows"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_grouped_rows_meet_their_own_tasks_bits(dtype, sizes):
+@pytest.mark.parametrize("invariant", [False, True], ids=["as-alone", "invariant"])
+@pytest.mark.parametrize("sizes", [(1, 0, 2, 1, 2), (1, 1, 80, 0, 8)], ids=["few-rows", "many-rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_grouped_rows_meet_their_own_tasks_bits(dtype, sizes, invariant):
     t = layer((sum(sizes), 50, 100), dtype)
-    bits = torch.stack([rk.pack_bits(torch.rand(50, 100) > 0.15 * i) for i in range(len(sizes))])
-    offsets = torch.tensor([0, *sizes]).cumsum(0)
-    got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
-    plain = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], offsets)
-    for i, (a, b) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
-        dense, x = reference.masked_weight(t["weight"], bits[i]).double(), t["x"][a:b].double()
+    bits = [rk.pack_bits(torch.rand(50, 100) > 0.15 * i) for i in range(len(sizes) - 1)] + [None]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"], invariant=invariant)
+    plain = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], offsets, invariant)
+    for words, a, b in zip(bits, offsets, offsets[1:]):
+        dense = t["weight"] if words is None else reference.masked_weight(t["weight"], words)
+        dense, x = dense.double(), t["x"][a:b].double()
         scale = x.abs() @ dense.abs().T
         assert_no_worse(got[a:b], plain[a:b], x @ dense.T + t["bias"].double(), scale=scale if b > a else None)
 
@@ -386,6 +396,11 @@ def meta(t):
     return t.to("meta")
 
 
+def last_replaced(change):
+    """A change to the last tensor of a list: the ones before it are fine."""
+    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
+
+
 # Per function: what is wrong -> (how to change the good arguments, error, what the message must say).
 ERRORS = (TypeError, ValueError)
 COMMON = {
@@ -465,17 +480,30 @@ BAD = {
         "rows-int": ({"g": lambda t: t.int()}, TypeError, "floating point.*got torch.int32"),
         "scalar": ({"g": lambda t: t.sum()}, ValueError, r"\(\.\.\., 9\) on cpu, got .*\(\)"),
     },
-    "grouped_masked_linear": COMMON | BITS | ROWS | BIAS | {
-        "offsets-end": ({"offsets": lambda t: t.clamp_max(5)}, ValueError, r"from 0 to 6, got \[0, 2, 5\]"),
-        "offsets-start": ({"offsets": lambda t: t.clamp_min(1)}, ValueError, r"from 0 to 6, got \[1, 2, 6\]"),
-        "offsets-descend": (
-            {"offsets": lambda t: torch.tensor([0, 7, 6])}, ValueError, r"ascend from 0 to 6, got \[0, 7, 6\]",
+    "masked_weight_": COMMON | BITS | {
+        "out-shape": ({"out": lambda t: t[:-1]}, ValueError, r"out must have shape \(9, 37\), got \(8, 37\)"),
+        "out-dtype": ({"out": torch.Tensor.half}, TypeError, "out must be torch.float32, got torch.float16"),
+        "out-strided": ({"out": lambda t: t.T.contiguous().T}, ValueError, "out must be contiguous, got strides"),
+        "out-device": ({"out": meta}, ValueError, "out must be on cpu, got meta"),
+        "old-dtype": ({"old": torch.Tensor.long}, ValueError, r"int32 \(9, 2\).*got torch.int64"),
+        "old-width": ({"old": lambda t: t[:, :1].contiguous()}, ValueError, r"int32 \(9, 2\).*got .*9, 1\)"),
+        "old-strided": (
+            {"old": lambda t: t.repeat_interleave(2, -1)[..., ::2]}, ValueError, "contiguous.*got.*strides",
         ),
-        "offsets-dtype": ({"offsets": lambda t: t.int()}, TypeError, "offsets must be torch.int64, got torch.int32"),
-        "offsets-length": ({"offsets": lambda t: t[:2]}, ValueError, r"offsets must have shape \(3,\), got \(2,\)"),
+    },
+    "grouped_masked_linear": COMMON | BIAS
+    | {f"last-{name}": ({key: last_replaced(change) for key, change in changes.items()}, error, message)
+       for name, (changes, error, message) in BITS.items() if name != "bits-none"}
+    | ROWS | {
+        "rows-3d": ({"x": lambda t: t[None]}, ValueError, r"x must be \(M, 37\), got .*\(1, 6, 37\)"),
+        "offsets-end": ({"offsets": lambda v: [0, 2, 5]}, ValueError, r"3 numbers .* 0 to 6, got \[0, 2, 5\]"),
+        "offsets-start": ({"offsets": lambda v: [1, 2, 6]}, ValueError, r"from 0 to 6, got \[1, 2, 6\]"),
+        "offsets-descend": ({"offsets": lambda v: [0, 7, 6]}, ValueError, r"from 0 to 6, got \[0, 7, 6\]"),
+        "offsets-length": ({"offsets": lambda v: [0, 6]}, ValueError, r"offsets must be 3 numbers.*got \[0, 6\]"),
         "needs-gradient": ({"x": lambda t: t.requires_grad_()}, ValueError, "no backward: call it under torch.no_grad"),
-        "no-tasks": (
-            {"bits": lambda t: t[:0], "x": lambda t: t[:0], "offsets": lambda t: t[:1]}, ValueError, "task.*got",
+        "bits-stacked": ({"bits": lambda v: torch.stack(v[1:])}, ValueError, "at least one.*got torch.int32"),
+        "no-groups": (
+            {"bits": lambda v: [], "x": lambda t: t[:0], "offsets": lambda v: [0]}, ValueError, "at least one.*got",
         ),
     },
     "mask_grad": COMMON | ROWS | DROPOUT | {
@@ -515,11 +543,12 @@ def good_arguments(function: str) -> dict[str, object]:
         "masked_weight": linear,
         "masked_linear": linear | {"x": t["x"], "bias": t["bias"], "dense": dense, "scores": t["scores"]},
         "masked_linear_dx": linear | {"g": t["g_task"]},
+        "masked_weight_": linear | {"out": dense, "old": t["bits"].clone()},
         "grouped_masked_linear": {
             "x": t["x"],
             "weight": t["weight"],
-            "bits": torch.stack([t["bits"]] * 2),
-            "offsets": torch.tensor([0, 2, M]),
+            "bits": [None, t["bits"]],
+            "offsets": [0, 2, M],
             "bias": t["bias"],
         },
         "mask_grad": dropout | {"x": t["x"], "g_task": t["g_task"], "g_general": t["g_general"], "weight": t["weight"]},
@@ -542,11 +571,6 @@ def test_bad_input_is_refused_with_what_was_expected_and_what_came(function, cas
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     with pytest.raises(error, match=message):
         getattr(rk, function)(**arguments)
-
-
-def last_replaced(change):
-    """A change to the last tensor of a list: the earlier layers are fine, and must not have been written."""
-    return lambda tensors: [*tensors[:-1], change(tensors[-1])]
 
 
 BAD_UPDATE = {

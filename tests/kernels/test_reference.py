@@ -283,11 +283,31 @@ def test_a_transposed_batch_gives_linear_to_the_last_bit_of_an_unfrozen_linear()
 
 def test_grouped_rows_use_their_own_tasks_bits():
     t = layer((9, 12, 40), torch.float64)
-    bits = torch.stack([reference.pack_bits(torch.rand(12, 40) > 0.5) for _ in range(4)])
-    got = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], torch.tensor([0, 2, 2, 8, 9]))
-    for row, task in enumerate([0, 0, 2, 2, 2, 2, 2, 2, 3]):
-        dense = t["weight"] * reference.unpack_bits(bits[task], 40)
-        assert torch.allclose(got[row], dense @ t["x"][row] + t["bias"], rtol=1e-12)
+    bits = [*(reference.pack_bits(torch.rand(12, 40) > 0.5) for _ in range(3)), None]
+    for invariant in (False, True):
+        got = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], [0, 2, 2, 8, 9], invariant)
+        for row, task in enumerate([0, 0, 2, 2, 2, 2, 2, 2, 3]):
+            kept = 1 if bits[task] is None else reference.unpack_bits(bits[task], 40)
+            assert torch.allclose(got[row], (t["weight"] * kept) @ t["x"][row] + t["bias"], rtol=1e-12)
+
+
+def test_the_invariant_reference_knows_no_neighbours():
+    t = layer((70, 48, 100))
+    bits = [t["bits"], None]
+    y = reference.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], [0, 40, 70], True)
+    for row in (0, 39, 40, 69):
+        words = [bits[row >= 40]]
+        alone = reference.grouped_masked_linear(t["x"][row : row + 1], t["weight"], words, t["bias"], [0, 1], True)
+        assert torch.equal(y[row], alone[0])
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["whole", "old"])
+def test_masked_weight_in_place_is_that_of_the_new_bits(known):
+    t = layer((1, 12, 40))
+    old, new = (reference.pack_bits(torch.rand(12, 40) > 0.5) for _ in range(2))
+    out = reference.masked_weight(t["weight"], old)
+    reference.masked_weight_(out, t["weight"], new, old if known else None)
+    assert torch.equal(out, reference.masked_weight(t["weight"], new))
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
