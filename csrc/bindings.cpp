@@ -97,21 +97,24 @@ static void bind_cpu(py::module_& m) {
         }, nogil);
   m.def("cpu_mask_update", &mask_update, nogil);
   m.def("cpu_masked_linear",
-        [](uintptr_t x, uintptr_t weight, uintptr_t bits, uintptr_t bias, uintptr_t offsets, uintptr_t y, int dtype,
-           int64_t tasks, int64_t n, int64_t k, int64_t x_stride, int threads) {
+        [](uintptr_t x, uintptr_t weight, const Pointers& bits, const std::vector<int64_t>& first,
+           const std::vector<int64_t>& last, uintptr_t bias, uintptr_t y, int dtype, int64_t n, int64_t k,
+           int64_t x_stride, int threads) {
+          std::vector<RowGroup> rows;
+          for (size_t g = 0; g < bits.size(); ++g) rows.push_back({at<uint32_t>(bits[g]), first[g], last[g]});
           kernels().masked_linear(
-              {at<void>(x), at<void>(weight), at<uint32_t>(bits), at<void>(bias), at<int64_t>(offsets), at<void>(y),
-               static_cast<DType>(dtype), tasks, n, k, x_stride},
+              {at<void>(x), at<void>(weight), at<void>(bias), rows.data(), at<void>(y), static_cast<DType>(dtype),
+               static_cast<int64_t>(rows.size()), n, k, x_stride},
               threads);
         }, nogil);
-  // One task: the row range travels by value.
+  // One group, without lists.
   m.def("cpu_masked_linear_single",
         [](uintptr_t x, uintptr_t weight, uintptr_t bits, uintptr_t bias, int64_t rows, uintptr_t y, int dtype,
            int64_t n, int64_t k, int64_t x_stride, int threads) {
-          const int64_t offsets[2] = {0, rows};
+          const RowGroup group = {at<uint32_t>(bits), 0, rows};
           kernels().masked_linear(
-              {at<void>(x), at<void>(weight), at<uint32_t>(bits), at<void>(bias), offsets, at<void>(y),
-               static_cast<DType>(dtype), 1, n, k, x_stride},
+              {at<void>(x), at<void>(weight), at<void>(bias), &group, at<void>(y), static_cast<DType>(dtype), 1, n, k,
+               x_stride},
               threads);
         }, nogil);
   m.def("cpu_uniform", [](int64_t seed, int64_t step, int64_t stream, uintptr_t out, int64_t numel, int threads) {

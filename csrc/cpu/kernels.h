@@ -63,15 +63,20 @@ struct MaskUpdate {
   UpdateSums* sums;  // [count], out
 };
 
+// Rows of x that share a mask.
+struct RowGroup {
+  const uint32_t* bits;  // [N, ceil(K / 32)], or null: all of weight
+  int64_t first, last;   // rows first .. last - 1
+};
+
 struct MaskedLinear {
   const void* x;         // [M, K], row stride x_stride
   const void* weight;    // [N, K]
-  const uint32_t* bits;  // [T, N, ceil(K / 32)]
   const void* bias;      // [N] or null
-  const int64_t* offsets;  // [T + 1], rows of task t
-  void* y;                 // [M, N], out
-  DType dtype;             // of x, weight, bias and y
-  int64_t tasks, n, k, x_stride;
+  const RowGroup* rows;  // [groups], disjoint
+  void* y;               // [M, N], out; rows of no group are left alone
+  DType dtype;           // of x, weight, bias and y
+  int64_t groups, n, k, x_stride;
 };
 
 struct WeightGrad {
