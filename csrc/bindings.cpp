@@ -85,6 +85,11 @@ static void bind_cpu(py::module_& m) {
         [](uintptr_t weight, uintptr_t bits, int64_t n, int64_t k, int itemsize, uintptr_t out, int threads) {
           kernels().masked_weight(at<void>(weight), at<uint32_t>(bits), n, k, itemsize, at<void>(out), threads);
         }, nogil);
+  m.def("cpu_swap_mask",
+        [](uintptr_t weight, uintptr_t bits, uintptr_t old, int64_t n, int64_t k, int itemsize, uintptr_t out,
+           int threads) {
+          kernels().swap_mask(at<void>(weight), at<uint32_t>(bits), at<uint32_t>(old), n, k, itemsize, at<void>(out), threads);
+        }, nogil);
   m.def("cpu_gradient_dropout",
         [](uintptr_t grad_task, uintptr_t grad_general, uintptr_t weight, int weight_dtype, uintptr_t scores,
            float penalty, float rest, int64_t seed, int64_t step, int64_t stream, uintptr_t grad, int64_t numel,

@@ -69,6 +69,23 @@ void masked_weight(
   });
 }
 
+void swap_mask(
+    const void* weight, const uint32_t* bits, const uint32_t* old, int64_t n, int64_t k, int itemsize, void* out,
+    int threads) {
+  const int64_t line = words(k);
+  parallel(n, 1, threads, [&](int64_t begin, int64_t end) {
+    // Masks of one kind differ in a word of thirty: they are compared many words at a time, across rows.
+    for (int64_t first = begin * line; first < end * line; first += kCompared) {
+      uint32_t differ = differ16(bits + first, old + first, std::min(kCompared, end * line - first));
+      for (; differ; differ &= differ - 1) {
+        const int64_t word = first + __builtin_ctz(differ), row = word / line, column = word % line * 32;
+        const int64_t at = row * k + column;
+        change_any(itemsize, bits[word], bits[word] ^ old[word], weight, out, at, std::min<int64_t>(32, k - column));
+      }
+    }
+  });
+}
+
 void gradient_dropout(const Gradient& p, float* grad, int64_t numel, int threads) {
   parallel(numel, 4 * kTile, threads, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kTile];

@@ -95,6 +95,8 @@ struct Kernels {
   void (*pack_bits)(const uint8_t* mask, int64_t n, int64_t k, uint32_t* bits, int threads);
   void (*unpack_bits)(const uint32_t* bits, int64_t n, int64_t k, uint8_t* mask, int threads);
   void (*masked_weight)(const void* weight, const uint32_t* bits, int64_t n, int64_t k, int itemsize, void* out, int threads);
+  // out = masked_weight(weight, bits) in place of masked_weight(weight, old). Words that are equal are not touched.
+  void (*swap_mask)(const void* weight, const uint32_t* bits, const uint32_t* old, int64_t n, int64_t k, int itemsize, void* out, int threads);
   void (*gradient_dropout)(const Gradient& p, float* grad, int64_t numel, int threads);
   void (*mask_update)(const MaskUpdate& p, int threads);
   void (*masked_linear)(const MaskedLinear& p, int threads);

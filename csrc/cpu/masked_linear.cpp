@@ -239,7 +239,7 @@ const Kernels table = {
 #else
     false,
 #endif
-    pack_scores, pack_bits, unpack_bits, masked_weight, gradient_dropout, mask_update, masked_linear, uniform,
+    pack_scores, pack_bits, unpack_bits, masked_weight, swap_mask, gradient_dropout, mask_update, masked_linear, uniform,
 #if defined(RMT_HAS_BF16)
     weight_grad, weight_grad_rate,
 #else

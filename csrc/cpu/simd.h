@@ -149,6 +149,39 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>((wide + 0x7FFF + (wide >> 16 & 1)) >> 16);
 }
 
+constexpr int64_t kCompared = 16;
+
+// Bits of a[j] != b[j], j < count <= kCompared.
+inline uint32_t differ16(const uint32_t* a, const uint32_t* b, int64_t count) {
+#if defined(RMT_AVX512)
+  const __mmask16 live = static_cast<__mmask16>(tail_mask(count));
+  return _mm512_mask_cmpneq_epi32_mask(live, _mm512_maskz_loadu_epi32(live, a), _mm512_maskz_loadu_epi32(live, b));
+#else
+  uint32_t differ = 0;
+  for (int64_t j = 0; j < count; ++j) differ |= static_cast<uint32_t>(a[j] != b[j]) << j;
+  return differ;
+#endif
+}
+
+// out[j] = bit j of word ? in[j] : +0 where bit j of changed, j < 32. Nothing else of in and out is touched.
+template <typename T>
+inline void change32(uint32_t word, uint32_t changed, const T* in, T* out, int64_t count) {
+#if defined(RMT_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    for (int half = 0; half < 2; ++half, word >>= 16, changed >>= 16, in += 16, out += 16) {
+      const __mmask16 some = static_cast<__mmask16>(changed);
+      if (some) _mm512_mask_storeu_epi32(out, some, _mm512_maskz_loadu_epi32(static_cast<__mmask16>(word & changed), in));
+    }
+    return;
+  } else if constexpr (sizeof(T) == 2) {
+    _mm512_mask_storeu_epi16(out, changed, _mm512_maskz_loadu_epi16(word & changed, in));
+    return;
+  }
+#endif
+  for (int64_t j = 0; j < count; ++j)
+    if (changed >> j & 1) out[j] = word >> j & 1 ? in[j] : T{0};
+}
+
 template <typename T>
 inline void select_word(uint32_t word, const void* weight, void* out, int64_t first, int64_t count) {
   const T* in = static_cast<const T*>(weight) + first;
@@ -162,6 +195,14 @@ inline void select_any(int itemsize, uint32_t word, const void* weight, void* ou
   if (itemsize == 4) return select_word<uint32_t>(word, weight, out, first, count);
   if (itemsize == 2) return select_word<uint16_t>(word, weight, out, first, count);
   return select_word<uint64_t>(word, weight, out, first, count);
+}
+
+inline void change_any(int itemsize, uint32_t word, uint32_t changed, const void* weight, void* out, int64_t first, int64_t count) {
+  const auto at = [&](auto t) {
+    using T = decltype(t);
+    change32(word, changed, static_cast<const T*>(weight) + first, static_cast<T*>(out) + first, count);
+  };
+  itemsize == 4 ? at(uint32_t{}) : itemsize == 2 ? at(uint16_t{}) : at(uint64_t{});
 }
 
 }  // namespace rmt::cpu::RMT_ISA

@@ -6,6 +6,7 @@ straight from the words, and more make the masked weight first: how many, dispat
 """
 
 import functools
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,6 +25,7 @@ NOTES = {
     "weight_grad_": "first choice; bf16 factors as they are by AMX, or by vdpbf16ps where it is faster than fp32; "
     "fp16, mixed and other factors are widened for torch's fp32 GEMM",
 }
+_scratch = threading.local()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ISA = None if extension is None else extension.cpu_isa()
 
@@ -147,27 +149,48 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
 
 
 def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:
+    weight, (n, k) = weight.contiguous(), weight.shape
+    rest = n, k, weight.element_size(), out.data_ptr(), _threads(n * k)
     if old is None:
-        weight, (n, k) = weight.contiguous(), weight.shape
-        extension.cpu_masked_weight(
-            weight.data_ptr(), bits.data_ptr(), n, k, weight.element_size(), out.data_ptr(), _threads(n * k)
-        )
+        extension.cpu_masked_weight(weight.data_ptr(), bits.data_ptr(), *rest)
     else:
-        reference.masked_weight_(out, weight, bits, old)
+        extension.cpu_swap_mask(weight.data_ptr(), bits.data_ptr(), old.data_ptr(), *rest)
 
 
 def grouped_masked_linear(
     x: Tensor, weight: Tensor, bits: list[Tensor | None], bias: Tensor | None, offsets: list[int], invariant: bool
 ) -> Tensor:
-    if invariant:
+    groups = [(words, i, j) for words, (i, j) in zip(bits, pairwise(offsets)) if j > i]
+    native, (n, k) = has_bits_kernel("masked_linear", x, weight, bias), weight.shape
+    if invariant and not native:
         return reference.grouped_masked_linear(x, weight, bits, bias, offsets, invariant)
-    y = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype)
-    for words, (i, j) in zip(bits, pairwise(offsets)):
-        if j > i and words is None:
+    y = torch.empty((x.shape[0], n), dtype=x.dtype)
+    straight = groups if invariant else []
+    for words, i, j in () if invariant else groups:
+        if words is None:
             y[i:j] = reference.linear(x[i:j], weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        elif j > i:
-            y[i:j] = masked_linear(x[i:j], weight, words, bias, None)
+        elif native and decide("masked_linear", x.dtype, n, k, j - i).path == "bits":
+            straight.append((words, i, j))
+        else:
+            dense = _scratch_like(weight)
+            masked_weight_(dense, weight, words, None)
+            y[i:j] = reference.masked_linear(x[i:j], weight, words, bias, dense)
+    if straight:
+        # One read of weight for all of them.
+        x = x if x.stride(1) == 1 else x.contiguous()
+        words, first, last = zip(*straight)
+        extension.cpu_masked_linear(
+            x.data_ptr(), weight.data_ptr(), [_ptr(w) for w in words], first, last, _ptr(bias), y.data_ptr(),
+            DTYPES[str(x.dtype)], n, k, x.stride(0), _threads(n * k),
+        )  # fmt: skip
     return y
+
+
+def _scratch_like(weight: Tensor) -> Tensor:
+    """Contiguous memory of weight's shape and dtype, kept by the calling thread for its next call: one largest layer."""
+    if len(getattr(_scratch, "memory", ())) < weight.nbytes:
+        _scratch.memory = torch.empty(weight.nbytes, dtype=torch.uint8)
+    return _scratch.memory[: weight.nbytes].view(weight.dtype).view(weight.shape)
 
 
 @functools.cache
