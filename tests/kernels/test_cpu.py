@@ -188,7 +188,7 @@ def test_narrower_instruction_sets_pass_the_same_tests(isa):
         pytest.skip("this processor has no AVX2")
     # The largest shapes exercise nothing that ragged and whole words do not.
     small = "not M16 and not M50 and not narrower and not emulator and not drift"
-    files = [__file__, str(Path(__file__).with_name("test_update.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_grouped.py", "test_update.py"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", small, *files]
     done = subprocess.run(command, env=os.environ | {"RMT_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
