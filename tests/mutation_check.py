@@ -19,6 +19,7 @@ LEFT_OUT = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", 
 
 REFERENCE = ["tests/kernels/test_reference.py"]
 CPU = ["tests/kernels/test_cpu.py", "-k", "not narrower"]
+GROUPED = ["tests/kernels/test_grouped.py"]
 WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 UPDATE = ["tests/kernels/test_update.py", "-k", "cpu"]
 EMULATED = ["tests/kernels/test_update.py", "-k", "emulator"]
@@ -71,10 +72,17 @@ MUTATIONS = [
      UPDATE),
     ("second moment without its rest", "csrc/cpu/mask_update.cpp",
      "v[j] * beta2 + rest2 * gj * gj", "v[j] * beta2 + rest2 * gj", CPU),
-    ("bias missing", "csrc/cpu/masked_linear.cpp", "P::total(acc[r][m]) + bias", "P::total(acc[r][m]) + bias * 0", CPU),
-    ("task's bits not advanced", "csrc/cpu/masked_linear.cpp",
-     "p.bits + t * p.n * words", "p.bits + t * 0 * words",
-     [*OPS, "-k", "grouped"]),
+    ("bias missing", "csrc/cpu/masked_linear.cpp", "P::store(y[r] + bias)", "P::store(y[r] + bias * 0)", CPU),
+    ("bits of the first columns for all", "csrc/cpu/masked_linear.cpp",
+     "block.bits = g.bits + row * words_ + k / 32", "block.bits = g.bits + row * words_", GROUPED),
+    ("sums of the columns before lost", "csrc/cpu/masked_linear.cpp",
+     "k ? sums[r * M + i] : P::zero()", "P::zero()", GROUPED),
+    ("lanes added in another order for few weight rows", "csrc/cpu/lanes.h",
+     "_mm_add_ps(c, _mm_movehl_ps(c, c))", "_mm_add_ps(c, _mm_movehdup_ps(c))", GROUPED),
+    ("a group's path by the rows of all", "rmt_kernels/backends/cpu.py",
+     "decide(\"masked_linear\", x.dtype, n, k, j - i)", "decide(\"masked_linear\", x.dtype, n, k, len(x))", GROUPED),
+    ("one of sixteen words rewritten", "csrc/cpu/elementwise.cpp",
+     "for (; differ; differ &= differ - 1)", "for (; differ; differ = 0)", GROUPED),
     ("a pass over the rows forgets the one before", "csrc/cpu/weight_grad.cpp", "add || pass", "add", WEIGHT_GRAD),
     ("last row of an odd number lost", "csrc/cpu/weight_grad.cpp",
      "2 * p < rows ? live : 0", "2 * p + 1 < rows ? live : 0", WEIGHT_GRAD),

@@ -108,7 +108,8 @@ class Product {
         weight.template fetch<2>(share);
         const bool same = i + 1 < chunk.size();
         const uint32_t* const masks = same ? chunk[i + 1].bits : done ? nullptr : chunk[0].bits;
-        Ahead bits(masks ? masks + (same ? row * words_ + k / 32 : word) : nullptr, R, (same ? count : bytes / sizeof(T)) / 8, words_ * 4);
+        const int64_t width = (same ? count : bytes / sizeof(T)) / 8;
+        Ahead bits(masks ? masks + (same ? row * words_ + k / 32 : word) : nullptr, R, width, words_ * 4);
         bits.template fetch<3>(bits.lines());
         Block block = whole;
         if (g.bits) block.bits = g.bits + row * words_ + k / 32;
@@ -116,8 +117,11 @@ class Product {
           mask<R>(block, masked_);
           block = {masked_, kStride, nullptr, count};
         }
-        for (int64_t m = g.first; m < g.last; m += kRows, sums += R * kRows)
-          tiles<R, kRows, kMoved>(block, row, m, std::min<int64_t>(kRows, g.last - m), k, sums);
+        for (int64_t m = g.first; m < g.last; m += kRows) {
+          const int64_t rows = std::min<int64_t>(kRows, g.last - m);
+          tiles<R, kRows, kMoved>(block, row, m, rows, k, sums);
+          sums += R * rows;
+        }
       }
     }
   }
@@ -200,7 +204,9 @@ class Product {
     unroll<M>([&](auto i) {
       float y[R];
       if constexpr (R % 4 == 0)
-        unroll<R / 4>([&](auto q) { fold4(acc[4 * q][i], acc[4 * q + 1][i], acc[4 * q + 2][i], acc[4 * q + 3][i], y + 4 * q); });
+        unroll<R / 4>([&](auto q) {
+          fold4(acc[4 * q][i], acc[4 * q + 1][i], acc[4 * q + 2][i], acc[4 * q + 3][i], y + 4 * q);
+        });
       else
         unroll<R>([&](auto r) { y[r] = fold(acc[r][i]); });
       for (int r = 0; r < R; ++r) {

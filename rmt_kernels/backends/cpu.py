@@ -22,6 +22,9 @@ from .native import DTYPES, MOMENTS, extension, missing, update_lacks
 MIN_RATE = 1.4
 NOTES = {
     "masked_linear": "first choice; torch's GEMM over `dense`; without it by the table",
+    "grouped_masked_linear": "first choice; each group by masked_linear's table, those from the bits in one read of "
+    "the weight; invariant rows from the bits at any size, fp16 and mixed dtypes row by row through the reference",
+    "masked_weight_": "first choice; with `old` only the words that differ",
     "weight_grad_": "first choice; bf16 factors as they are by AMX, or by vdpbf16ps where it is faster than fp32; "
     "fp16, mixed and other factors are widened for torch's fp32 GEMM",
 }
@@ -187,7 +190,7 @@ def grouped_masked_linear(
 
 
 def _scratch_like(weight: Tensor) -> Tensor:
-    """Contiguous memory of weight's shape and dtype, kept by the calling thread for its next call: one largest layer."""
+    """Contiguous memory like weight's, which the calling thread keeps for its next call: its largest layer."""
     if len(getattr(_scratch, "memory", ())) < weight.nbytes:
         _scratch.memory = torch.empty(weight.nbytes, dtype=torch.uint8)
     return _scratch.memory[: weight.nbytes].view(weight.dtype).view(weight.shape)

@@ -76,6 +76,9 @@ def test_invariant_over_blocks_chunks_and_threads(n, k, dtype):
         results += [
             rk.grouped_masked_linear(t["x"], t["weight"], [words] * 7, split, t["bias"], invariant=True)
         ]  # fmt: skip
+        results += [
+            rk.grouped_masked_linear(t["x"], t["weight"], [words] * m, range(m + 1), t["bias"], invariant=True)
+        ]  # fmt: skip
     torch.set_num_threads(before)
     assert all(torch.equal(y, results[0]) for y in results)
     for row in (0, 5, 84, 85, 170, m - 1):
