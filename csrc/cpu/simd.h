@@ -163,7 +163,7 @@ inline uint32_t differ16(const uint32_t* a, const uint32_t* b, int64_t count) {
 #endif
 }
 
-// out[j] = bit j of word ? in[j] : +0 where bit j of changed, j < 32. Nothing else of in and out is touched.
+// out[j] = bit j of word ? in[j] : +0 where bit j of changed, j < count <= 32. Nothing else of in and out is touched.
 template <typename T>
 inline void change32(uint32_t word, uint32_t changed, const T* in, T* out, int64_t count) {
 #if defined(RMT_AVX512)
@@ -197,7 +197,9 @@ inline void select_any(int itemsize, uint32_t word, const void* weight, void* ou
   return select_word<uint64_t>(word, weight, out, first, count);
 }
 
-inline void change_any(int itemsize, uint32_t word, uint32_t changed, const void* weight, void* out, int64_t first, int64_t count) {
+// The same of elements of 2, 4 or 8 bytes, from element `first` on, count <= 32.
+inline void change_any(
+    int itemsize, uint32_t word, uint32_t changed, const void* weight, void* out, int64_t first, int64_t count) {
   const auto at = [&](auto t) {
     using T = decltype(t);
     change32(word, changed, static_cast<const T*>(weight) + first, static_cast<T*>(out) + first, count);
