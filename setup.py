@@ -165,6 +165,7 @@ class NinjaBuild(build_ext):
         compile_to("cxx", CSRC / "bindings.cpp", "bindings", plain)
         known = [f"-DRMT_WITH_{isa.upper()}" for isa in isas]
         compile_to("cxx", CSRC / "cpu" / "dispatch.cpp", "dispatch", [*plain, *known])
+        compile_to("cxx", CSRC / "cpu" / "codec.cpp", "codec", plain)
         for isa in isas:
             for source in ISA_SOURCES[isa]:
                 flags = [*plain, f"-DRMT_ISA={isa}", *ISA_FLAGS[isa]]

@@ -8,10 +8,12 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "build_info.h"
+#include "cpu/codec.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -131,6 +133,18 @@ static void bind_cpu(py::module_& m) {
         [](uintptr_t g, uintptr_t x, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t g_stride, int64_t x_stride,
            bool accumulate, int threads) {
           kernels().weight_grad({at<void>(g), at<void>(x), at<float>(out), m, n, k, g_stride, x_stride, accumulate}, threads);
+        }, nogil);
+  // (parameter, on, count, bytes of unary codes, of remainders); written only where they are less than capacity.
+  m.def("cpu_rice_encode", [](uintptr_t bits, int64_t n, int64_t k, uintptr_t out, int64_t capacity) {
+    const RiceCode code = rice_encode(at<uint32_t>(bits), n, k, at<uint8_t>(out), capacity);
+    return std::make_tuple(code.parameter, code.on, code.count, code.unary_bytes, code.remainder_bytes);
+  }, nogil);
+  m.def("cpu_rice_decode",
+        [](uintptr_t payload, int parameter, bool on, int64_t count, int64_t unary_bytes, int64_t remainder_bytes,
+           int64_t n, int64_t k, uintptr_t bits) {
+          const RiceCode code = {parameter, on, count, unary_bytes, remainder_bytes};
+          const uint8_t* unary = at<uint8_t>(payload);
+          return static_cast<int>(rice_decode(unary, unary + unary_bytes, code, n, k, at<uint32_t>(bits)));
         }, nogil);
 }
 

@@ -2,6 +2,7 @@
 
 from . import reference
 from .backends import BackendUnavailable, explain, use_backend
+from .codec import decode_bits, encode_bits
 from .ops import (
     gradient_dropout,
     grouped_masked_linear,
@@ -23,6 +24,8 @@ from .reference import adam_factors, keep_probability, logit_cotangents, philox_
 __all__ = [
     "BackendUnavailable",
     "adam_factors",
+    "decode_bits",
+    "encode_bits",
     "explain",
     "gradient_dropout",
     "grouped_masked_linear",
