@@ -37,12 +37,13 @@ def card(task: "Task", size: int, numbers: Mapping[str, float | str]) -> str:
     """Markdown. size: of the mask file in bytes. numbers: rows of their own, by name; floats with two decimals."""
     weights = sum(n * k for n, k in task.shapes.values())
     off = sum(task.off(key) for key in task.shapes)
+    coded, raw = sum(map(task.coded_bytes, task.bits)), sum(-(-n * k // 8) for n, k in task.shapes.values())
     names = task.classnames
     rows = {
         "base model": _base(task),
         "masked weights": f"{weights:,}",
         "switched off": f"{off:,} ({100 * off / weights:.2f} %)",
-        "mask file": f"{size:,} bytes",
+        "mask file": f"{size:,} bytes, with masks of {coded:,} bytes ({raw:,} as plain bits)",
         "prompt": task.template or "not recorded",
         f"{len(names)} classes": ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else ""),
         **{name: f"{value:.2f}" if isinstance(value, float) else str(value) for name, value in numbers.items()},

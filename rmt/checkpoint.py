@@ -1,27 +1,11 @@
 """The task folder: which weights are off, and what they belong to. `mask.safetensors` is all of it; README.md tells it.
 
-For every mask `mask.safetensors` holds the int32 words of `rmt_kernels.pack_bits` under the state-dict name of the
-weight, and one metadata string `rmt`, JSON with sorted keys, so that equal tasks are equal files:
-
-    format_version   2
-    shapes           {key: [N, K]}
-    selected         {key: how many weights could be switched off}, for masks of which only some were selected
-    init, threshold  of the scores: a weight is on where its score is above threshold
-    bits_sha256      over the words, masks in the order of their keys
-    base_sha256      over the base weights that the masks belong to, in fp32
-    model, pretrained  the base model by name, as `rmt.clip.load` takes it; null where nobody said
-    classnames       in label order
-    template         text with one {} for the class name, or null
-    config           the run's RunConfig, without `data`, `root` and `device`: a shared file names no data of ours;
-                     of masks that no run made, {"mask": {init, threshold}}
-    sha256           over the JSON of all the fields above
-
-It holds no optimizer state and no scores; loading sets a score to `init` where its bit is on and to 0 where off. The
-words are those of all weights, so that loading needs no selection.
+docs/format.md has every byte of the file, task_file.py reads and writes them. It holds no optimizer state and no
+scores; loading sets a score to `init` where its bit is on and to 0 where off. The masks are those of all weights, so
+that loading needs no selection. Equal tasks are equal files.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,36 +14,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 import rmt_kernels as rk
 
+from . import task_file
 from .card import card
 from .config import RunConfig, UserError
 from .files import environment, sha256, write_folder, write_json, write_whole
 from .masked import Mask
+from .task_file import FORMAT_VERSION
 
 __all__ = [
     "FORMAT_VERSION", "MASK_FILE", "Task", "apply_task", "base_sha256", "environment", "load_task", "save_task",
-    "write_json", "write_whole",
+    "write_json", "write_task", "write_whole",
 ]  # fmt: skip
 
-FORMAT_VERSION = 2
 MASK_FILE, CARD_FILE = "mask.safetensors", "README.md"
 _PRIVATE = ("data", "root", "device")
-_FIELDS = {
-    "shapes": dict, "selected": dict, "init": float, "threshold": float, "bits_sha256": str, "base_sha256": str,
-    "model": str | None, "pretrained": str | None, "classnames": list, "template": str | None, "config": dict,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
     """A task file's content, checked in itself: the fields of its metadata and the words.
 
-    bits: key -> (N, ceil(K / 32)) int32; shapes: key -> (N, K). path: of the file.
+    bits: key -> (N, ceil(K / 32)) int32; shapes: key -> (N, K). path: of the file. text_features: (C, D) fp32, rows of
+    length 1, of `classnames` in `template` by the base model's text tower; None where not stored.
     """
 
     path: Path
@@ -75,11 +55,16 @@ class Task:
     classnames: tuple[str, ...]
     template: str | None
     config: dict[str, Any]
+    text_features: Tensor | None = None
 
     def off(self, key: str) -> int:
         """How many weights of a mask are off."""
         n, k = self.shapes[key]
         return n * k - count_on(self.bits[key])
+
+    def coded_bytes(self, key: str) -> int:
+        """How many bytes a mask takes in a file of the newest version."""
+        return len(rk.encode_bits(self.bits[key], self.shapes[key][1]))
 
 
 def count_on(words: Tensor) -> int:
@@ -95,29 +80,50 @@ def base_sha256(masks: Sequence[Mask]) -> str:
 def save_task(
     folder: str | Path, masks: Sequence[Mask], classnames: Sequence[str] = (), config: RunConfig | None = None,
     template: str | None = None, numbers: Mapping[str, float | str] | None = None,
+    text_features: Tensor | None = None,
 ) -> Task:  # fmt: skip
     """Writes the task folder and returns what it holds. A task that was there is replaced, or stays whole.
 
     Args:
         config: of the run that tuned the masks. template: in place of the config's.
         numbers: what to say of the task on its card, by name; the mask file does not hold them.
+        text_features: (C, D) fp32, rows of length 1: of the class names in the template, so that the task classifies
+            with the image tower alone.
 
-    Raises: OSError, naming the file, where it cannot be written; UserError for masks of two scales, or none.
+    Raises: OSError, naming the file, where it cannot be written; UserError for masks of two scales, or none, and for
+        text features that are not those of C classes.
     """
     scales = {(mask.module.init, mask.module.threshold) for mask in masks}
     if len(scales) != 1:
         raise UserError(f"a task needs masks of one (init, threshold), got {sorted(scales) or 'no masks'}")
-    (init, threshold), path = scales.pop(), Path(folder) / MASK_FILE
+    init, threshold = scales.pop()
     bits = {mask.key: mask.bits.cpu().contiguous() for mask in masks}
     task = Task(
-        path=path, bits=bits, shapes={mask.key: tuple(mask.weight.shape) for mask in masks},
+        path=Path(folder) / MASK_FILE, bits=bits, shapes={mask.key: tuple(mask.weight.shape) for mask in masks},
         selected={mask.key: mask.scores.numel() for mask in masks if mask.selected is not None},
         init=init, threshold=threshold, bits_sha256=sha256(bits), base_sha256=base_sha256(masks),
         model=config and config.model, pretrained=config and config.pretrained, classnames=tuple(classnames),
         template=template if template is not None or config is None else config.template,
         config=_shared(config) if config else {"mask": {"init": init, "threshold": threshold}},
+        text_features=text_features,
     )  # fmt: skip
-    data = save(bits, {"rmt": _metadata(task)})
+    return write_task(folder, task, numbers)
+
+
+def write_task(folder: str | Path, task: Task, numbers: Mapping[str, float | str] | None = None) -> Task:
+    """Writes the folder of a task, however that was made, and returns what it holds: with the path and its bits' hash.
+
+    A task that was there is replaced, or stays whole. numbers: as of `save_task`.
+
+    Raises: OSError, naming the file, where it cannot be written; UserError for a task that `load_task` would refuse.
+    """
+    bits = {key: words.detach().cpu().contiguous() for key, words in task.bits.items()}
+    features = task.text_features
+    task = dataclasses.replace(
+        task, path=Path(folder) / MASK_FILE, bits=bits, bits_sha256=sha256(bits),
+        text_features=None if features is None else features.detach().cpu().contiguous(),
+    )  # fmt: skip
+    data = task_file.encode(vars(task), bits, task.text_features)
     # The mask last: a folder without one is no task.
     write_folder(folder, {CARD_FILE: card(task, len(data), numbers or {}).encode(), MASK_FILE: data})
     return task
@@ -128,74 +134,22 @@ def _shared(config: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def _metadata(task: Task) -> str:
-    values = {"format_version": FORMAT_VERSION} | {name: getattr(task, name) for name in _FIELDS}
-    return _dump(values | {"sha256": _hash(values)})
+def load_task(path: str | Path, *, limit: int = task_file.LIMIT) -> Task:
+    """Reads and checks a task folder, or the mask file itself, of format version 2 or 3.
 
+    Args:
+        limit: bytes that the words of all masks, and the text features, may take: 1 GiB each, masks of eight billion
+            weights. Checked before memory is asked for.
 
-def _dump(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True)
-
-
-def _hash(values: dict[str, Any]) -> str:
-    return hashlib.sha256(_dump(values).encode()).hexdigest()
-
-
-def load_task(path: str | Path) -> Task:
-    """Reads and checks a task folder, or the mask file itself.
-
-    Raises: UserError, naming file and tensor, where it is missing, damaged or of another format version.
+    Raises: UserError, naming file and tensor, where it is missing, damaged, too large or of another format version.
     """
     path = Path(path)
     path = path / MASK_FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"expected a task folder, or its {MASK_FILE}, at {path}, got none")
-    try:
-        with safe_open(path, framework="pt") as file:
-            values = json.loads((file.metadata() or {}).get("rmt", "null"))
-            _check_fields(path, values)
-            bits = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is no task file, or is damaged: {error}") from error
-    values |= {"shapes": {key: tuple(shape) for key, shape in values["shapes"].items()}}
-    _check_bits(path, bits, values["shapes"])
-    if (got := sha256(bits)) != values["bits_sha256"]:
-        raise UserError(f"{path} is damaged: expected bits with sha256 {values['bits_sha256']}, got {got}")
-    fields = {name: values[name] for name in _FIELDS} | {"classnames": tuple(values["classnames"])}
-    return Task(path=path, bits=bits, **fields)
-
-
-def _check_fields(path: Path, values: object) -> None:
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is no task file: its metadata must hold a JSON object `rmt`, got {values!r}")
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} must have format version {FORMAT_VERSION}, got {version!r}: another rmt wrote it")
-    for name, kind in _FIELDS.items():
-        if name not in values or not isinstance(values[name], kind):
-            expected = getattr(kind, "__name__", kind)
-            raise UserError(f"{path} is damaged: {name} must be {expected}, got {values.get(name, 'none')!r}")
-    for key, shape in values["shapes"].items():
-        if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(v, int) and v > 0 for v in shape):
-            raise UserError(f"{path} is damaged: the shape of {key} must be two sizes above 0, got {shape!r}")
-    got = _hash({name: value for name, value in values.items() if name != "sha256"})
-    if got != values.get("sha256"):
-        raise UserError(f"{path} is damaged: expected metadata with sha256 {values.get('sha256')}, got {got}")
-
-
-def _check_bits(path: Path, bits: dict[str, Tensor], shapes: dict[str, tuple]) -> None:
-    if set(bits) != set(shapes):
-        raise UserError(f"{path} is damaged: expected masks {sorted(shapes)}, got {sorted(bits)}")
-    for key, words in bits.items():
-        n, k = shapes[key]
-        if words.dtype != torch.int32 or tuple(words.shape) != (n, -(-k // 32)):
-            got = f"{words.dtype} {tuple(words.shape)}"
-            raise UserError(f"{path} is damaged: {key} must hold the int32 words of a mask {n} x {k}, got {got}")
-        # `-1 << n` sets bit n and all above it: the pad bits.
-        if k % 32 and (words[:, -1] & (-1 << k % 32)).any():
-            raise UserError(f"{path} is damaged: {key} has bits set beyond column {k}")
+    values, bits, features = task_file.decode(path, limit)
+    values["classnames"] = tuple(values["classnames"])
+    return Task(path=path, bits=bits, text_features=features, **values)
 
 
 def apply_task(task: Task, masks: Sequence[Mask], allow_base_mismatch: bool = False) -> None:

@@ -16,21 +16,23 @@ def facts(task: Task) -> Row:
         "path", "model", "pretrained", "template", "classnames", "init", "threshold", "bits_sha256", "base_sha256",
         "config",
     )  # fmt: skip
-    return {name: getattr(task, name) for name in names} | {"path": str(task.path)}
+    features = None if task.text_features is None else tuple(task.text_features.shape)
+    return {name: getattr(task, name) for name in names} | {"text_features": features, "path": str(task.path)}
 
 
 def inspect(task: Task) -> list[Row]:
     """A row for every mask, in the order of the layers, and one of their total.
 
     Keys: key, shape (None in the total), selected (weights that could be switched off), weights, off, percent_off,
-    bytes (of the packed words).
+    bytes (of the packed words), coded_bytes (of its stream in a task file).
     """
     rows = []
     for key in _in_layer_order(task):
         n, k = task.shapes[key]
         sizes = {"shape": (n, k), "weights": n * k, "selected": task.selected.get(key, n * k)}
-        rows.append({"key": key} | sizes | {"off": task.off(key), "bytes": 4 * task.bits[key].numel()})
-    rows.append({"key": TOTAL, "shape": None} | _sums(rows, ("weights", "selected", "off", "bytes")))
+        stored = {"bytes": 4 * task.bits[key].numel(), "coded_bytes": task.coded_bytes(key)}
+        rows.append({"key": key} | sizes | {"off": task.off(key)} | stored)
+    rows.append({"key": TOTAL, "shape": None} | _sums(rows, ("weights", "selected", "off", "bytes", "coded_bytes")))
     return [row | {"percent_off": 100 * row["off"] / row["weights"]} for row in rows]
 
 

@@ -27,10 +27,12 @@ def inspect(args: "Namespace") -> None:
         print(json.dumps({**about, "masks": rows}, indent=2))
         return
     classnames, size = about.pop("classnames"), task.path.stat().st_size
+    features = about.pop("text_features")
     about.pop("config")
     about |= {"classes": f"{len(classnames)}: {', '.join(classnames)}", "file": f"{size:,} bytes"}
+    about["text features"] = features and " x ".join(map(str, features))
     for name, value in about.items():
-        print(f"{name:12}  {'not recorded' if value is None else value}")
+        print(f"{name:13}  {'not recorded' if value is None else value}")
     print(format_rows(rows))
 
 

@@ -237,5 +237,7 @@ def _from_rice(payload: np.ndarray, code: _Code, n: int, k: int) -> np.ndarray:
     words_at = rows * words.shape[1] + columns // 32
     first = np.flatnonzero(np.diff(words_at, prepend=-1))
     if first.size:
-        words.ravel()[words_at[first]] ^= np.bitwise_or.reduceat(np.uint32(1) << (columns % 32).astype(np.uint32), first)
+        words.ravel()[words_at[first]] ^= np.bitwise_or.reduceat(
+            np.uint32(1) << (columns % 32).astype(np.uint32), first
+        )
     return words

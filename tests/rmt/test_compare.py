@@ -24,16 +24,19 @@ def task(path, off=(), seed=0, mask=MaskConfig(), **vision):  # noqa: B008, froz
 
 
 def test_inspect_counts_by_layer_and_in_all(tmp_path):
-    rows = inspect(task(tmp_path / "a", range(1229)))
+    made = task(tmp_path / "a", range(1229))
+    rows, coded = inspect(made), {key: len(rk.encode_bits(made.bits[key], k)) for key, (_, k) in made.shapes.items()}
     assert rows[0] == {
         "key": CONV, "shape": (64, 192), "weights": 12288, "selected": 12288, "off": 1229, "bytes": 64 * 6 * 4,
-        "percent_off": pytest.approx(10.0, abs=0.01),
+        "coded_bytes": coded[CONV], "percent_off": pytest.approx(10.0, abs=0.01),
     }  # fmt: skip
+    # All on: the header alone.
+    assert coded[CONV] > 36 and rows[1]["coded_bytes"] == 36
     assert [row["off"] for row in rows[1:]] == [0, 0, 0, 0, 1229] and len(rows) == 6
     total = 12288 + 2 * (192 * 64 + 64 * 64)
     assert rows[-1] == {
         "key": "total", "shape": None, "weights": total, "selected": total, "off": 1229, "bytes": total // 8,
-        "percent_off": 100 * 1229 / total,
+        "coded_bytes": sum(coded.values()), "percent_off": 100 * 1229 / total,
     }  # fmt: skip
 
 
@@ -94,7 +97,7 @@ def test_refuses_another_base_and_other_masks_with_both_hashes(tmp_path):
 def test_tables_line_up(tmp_path):
     a, b = task(tmp_path / "a", range(1229)), task(tmp_path / "b", range(60, 300))
     lines = format_rows(inspect(a)).splitlines()
-    assert lines[0].split() == ["key", "shape", "weights", "selected", "off", "bytes", "percent_off"]
+    assert lines[0].split() == ["key", "shape", "weights", "selected", "off", "bytes", "coded_bytes", "percent_off"]
     assert lines[2].split() == [CONV, "64", "x", "192", "12,288", "12,288", "1,229", "1,536", "10.00"]
     assert lines[-1].split() == ["total", "-", "45,056", "45,056", "1,229", "5,632", "2.73"]
     assert lines[1] == lines[-2] == "-" * len(lines[0]) and {len(line) for line in lines} == {len(lines[0])}
