@@ -166,9 +166,10 @@ def _words(bits, in_features) -> tuple[np.ndarray, int, int]:
     if not isinstance(in_features, int) or checks.words(in_features) != bits.shape[1]:
         top = 32 * bits.shape[1]
         raise ValueError(f"in_features must be {top - 31} to {top} for bits {tuple(bits.shape)}, got {in_features!r}")
-    words, n = bits.detach().cpu().contiguous().numpy().view(np.uint32), bits.shape[0]
+    n = bits.shape[0]
     if n * in_features >= _MOST_WEIGHTS:
         raise ValueError(f"a mask must have 1 to 2^32 - 1 weights, got {n} x {in_features}")
+    words = bits.detach().cpu().contiguous().numpy().view(np.uint32)
     if (words[:, -1] & ~_last_word(in_features)).any():
         raise ValueError(f"bits must have pad bits of 0, got others beyond column {in_features}")
     return words, n, in_features
@@ -227,7 +228,9 @@ def _from_rice(payload: np.ndarray, code: _Code, n: int, k: int) -> np.ndarray:
     quotients = np.diff(ends, prepend=-1) - 1
     if (quotients > n * k >> p).any():
         raise _wrong(2, code, n, k)
-    places = np.cumsum((quotients << p) + remainders[: code.count * p].reshape(-1, p) @ (1 << np.arange(p)) + 1) - 1
+    places = (
+        np.cumsum((quotients << p) + remainders[: code.count * p].reshape(code.count, p) @ (1 << np.arange(p)) + 1) - 1
+    )
     # A sum that wraps around is negative somewhere: no gap is above 2^33.
     if ((places < 0) | (places >= n * k)).any():
         raise _wrong(2, code, n, k)
