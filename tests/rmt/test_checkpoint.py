@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -495,3 +496,23 @@ def test_refuses_json_made_to_burst(file, bomb):
     save_file(load_file(file), file, {"rmt": bomb})
     with pytest.raises(UserError, match="is no task file, or is damaged"):
         load_task(file)
+
+
+def test_the_reader_in_the_docs_reads_a_task(tmp_path, monkeypatch):
+    """The block as it stands there, with no import but numpy's and Python's."""
+    text = (Path(checkpoint.__file__).parents[1] / "docs" / "format.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert {name for line in lines if line.startswith("import") for name in line.replace(",", "").split()[1:]} <= {
+        "json", "struct", "sys", "zlib", "numpy", "as", "np",
+    }  # fmt: skip
+    assert len(lines) <= 20
+    found = masked()[1]
+    for mask, off in zip(found, (0.0, 0.03, 0.5, 0.97, 1.0)):
+        mask.set_bits(rk.pack_bits(torch.rand(mask.weight.shape) >= off))
+    task = save_task(tmp_path / "task", found, NAMES, CONFIG, text_features=features())
+    monkeypatch.setattr(sys, "argv", ["reader", str(task.path)])
+    exec(code, read := {})
+    assert read["masks"].keys() == task.bits.keys() and len(found) == 5
+    for key, mask in read["masks"].items():
+        assert torch.equal(torch.from_numpy(mask), rk.unpack_bits(task.bits[key], task.shapes[key][1])), key
