@@ -32,6 +32,8 @@ MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
 BACKWARD = ["tests/rmt/test_backward.py"]
 OPTIM = ["tests/rmt/test_optim.py"]
 TRAIN = ["tests/rmt/test_train.py"]
+CODEC = ["tests/kernels/test_codec.py"]
+TASK = ["tests/rmt/test_checkpoint.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -171,6 +173,16 @@ MUTATIONS = [
      "    split = read(config)\n",
      "    split = subset(read(config), config.classes)\n    config = dataclasses.replace(config, classes='all')\n",
      ["tests/rmt/test_evaluate.py", "tests/rmt/test_protocols.py"]),
+    ("pad bits of a mask stream not looked at", "csrc/cpu/codec.cpp",
+     "return tail && remainders[code.remainder_bytes - 1] >> tail ? kRicePad : kRiceGood;", "return kRiceGood;", CODEC),
+    ("the largest of equally good Rice parameters", "csrc/cpu/codec.cpp",
+     "bits_of_it + code.count >= unary", "bits_of_it + code.count > unary", CODEC),
+    ("gaps accepted that are longer than the bits", "rmt_kernels/codec.py",
+     "good and expected < raw_bytes", "good", CODEC),
+    ("a mask's words not held against the limit", "rmt/task_file.py",
+     "if total > limit:", "if total > 2 * limit:", TASK),
+    ("other bits than were saved", "rmt/task_file.py",
+     '(got := sha256(bits)) != values["bits_sha256"]', '(got := sha256(bits)) == ""', TASK),
     ("another base model accepted", "rmt/checkpoint.py",
      "if not allow_base_mismatch and", "if allow_base_mismatch and", ["tests/rmt/test_checkpoint.py"]),
     ("what is freed stays planned", "rmt/tracking.py",

@@ -128,6 +128,7 @@ def test_the_masks_of_a_vit_b16_are_small(where):
     (lambda d: edited(d, count=2**63), "count 9223372036854775808.* do not go together"),
     (lambda d: edited(d, unary_bytes=2**63), "do not go together"),
     (lambda d: edited(d, n=1, k=64), "do not go together"),
+    (lambda d: edited(d, n=1, k=180), "73 bytes of payload"),
     (lambda d: edited(d, n=32), "inside the mask of 32 x 64, got gaps past its end"),
     (lambda d: edited(d, payload=bytes(73)), "83 gaps in 21 unary bytes, got another number"),
     (lambda d: edited(d, payload=b"\xff" + d[37:]), "got another number"),
