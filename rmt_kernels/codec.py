@@ -54,7 +54,7 @@ class _Code(NamedTuple):
 
 
 def encode_bits(bits: Tensor, in_features: int) -> bytes:
-    """A mask as a stream of at most ceil(N K / 8) + 36 bytes, some 2 % above its zero-order entropy where that is less.
+    """A mask as a stream: 1 to 4 % and 36 bytes more than its zero-order entropy, at most its bits and 36 bytes.
 
     Args:
         bits: (N, ceil(in_features / 32)) int32 words of `pack_bits`, on any device. N * in_features below 2^32.
