@@ -38,7 +38,7 @@ ISA_SOURCES = {
     "baseline": ["elementwise", "mask_update", "masked_linear"],
     "avx2": ["elementwise", "mask_update", "masked_linear"],
     "avx512": ["elementwise", "mask_update", "masked_linear", "weight_grad"],
-    "amx": ["weight_grad"],
+    "amx": ["masked_linear_amx", "weight_grad"],
 }
 # No -ffast-math: NaN and signed zero must behave as in the reference. -fno-math-errno lets sqrt become an instruction.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]

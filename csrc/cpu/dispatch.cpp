@@ -49,6 +49,7 @@ static const Kernels& pick() {
   if (avx512 && widest >= 3 && has_amx()) {
     static Kernels table = avx512::table;
     table.isa = "amx";
+    table.masked_linear = amx::masked_linear;
     table.weight_grad = amx::weight_grad;
     table.weight_grad_rate = amx::weight_grad_rate;
     return table;

@@ -111,6 +111,7 @@ namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 // The rest is avx512's.
 namespace amx {
+void masked_linear(const MaskedLinear& p, int threads);  // bf16 by tiles
 void weight_grad(const WeightGrad& p, int threads);
 double weight_grad_rate();
 }  // namespace amx
