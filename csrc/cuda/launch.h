@@ -34,6 +34,16 @@ void masked_weight(
     uintptr_t out,  // (N, K), contiguous, written
     uintptr_t cuda_stream);
 
+void masked_weights(
+    const std::vector<uintptr_t>& outs,     // one (N, K) each, contiguous, rewritten
+    const std::vector<uintptr_t>& weights,  // one (N, K) of element_size bytes each
+    const std::vector<uintptr_t>& bits,
+    const std::vector<uintptr_t>& olds,     // empty, or the bits that each of outs holds now, or 0: not known
+    const std::vector<int64_t>& rows,       // N of each
+    const std::vector<int64_t>& cols,       // K of each
+    const std::vector<int64_t>& strides,    // of the rows of weights
+    int element_size, uintptr_t cuda_stream);
+
 enum Moments : int { kMomentsF32 = 0, kMomentsBF16 = 1, kMomentsU8 = 2 };  // as rmt_kernels.backends.native.MOMENTS
 
 // How many partial sums of 16 bytes mask_update writes for such layers.
@@ -74,11 +84,12 @@ void gradient_dropout(
 void masked_linear_small(
     uintptr_t x, int dtype, int64_t x_stride,  // (M, K); dtype is weight's, bias's and y's too
     uintptr_t weight, int64_t weight_stride,   // (N, K)
-    uintptr_t bits,                            // (T, N, ceil(K / 32)), T = 1 without offsets
+    const std::vector<uintptr_t>& bits,        // one (N, ceil(K / 32)) for each group of rows, 0: every bit on
+    const std::vector<int64_t>& starts,        // the groups' first rows in x and y
+    const std::vector<int64_t>& ends,          // the rows behind their last ones
     uintptr_t bias,                            // (N,) or 0
-    uintptr_t offsets, int64_t tasks,          // (T + 1,) int64, or 0 and 1: every row uses the one mask
-    int64_t m, int64_t n, int64_t k,
-    uintptr_t y,                               // (M, N), contiguous, written
+    int64_t n, int64_t k,
+    uintptr_t y,                               // (M, N), contiguous; rows of no group are left alone
     uintptr_t cuda_stream);
 
 // How many words fragment_bits writes: 32 for every 16 x 64 elements, N rounded up to 128 and K to 64.

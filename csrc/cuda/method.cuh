@@ -177,6 +177,9 @@ RMT_HD uint32_t fragment_word(const uint32_t (&rows)[2][2], int t) {  // rows[v]
   return word;
 }
 
+// The lowest four bits -> the sign bits of the four bytes; spread_signs makes masks of them.
+RMT_HD uint32_t sign_bytes(uint32_t bits) { return (bits & 0xFu) * 0x10204080u; }
+
 // PTX prmt.b32 with b = 0 and only sign-replicating selectors: nibble 8 + j spreads the sign of byte j over a byte.
 RMT_HD uint32_t spread_signs(uint32_t a, uint32_t selector) {
   uint32_t out = 0;

@@ -3,7 +3,8 @@
 Everything runs on the current stream and nothing waits for the device, so that all of it can be captured in a CUDA
 graph. Weight-sized work is fused. A product over a ready `dense` is torch's GEMM, bit for bit as in a plain layer;
 without one dispatch.json says whether it runs straight from the words (few rows in one pass over W, more in Hopper's
-wgmma kernel) or makes the masked weight first. What is not served here says `lacks`.
+wgmma kernel) or makes the masked weight first. Groups of few rows share one launch of the first kernel, whose result
+for a row does not depend on what else is in it; larger groups are computed as alone. What is not served says `lacks`.
 """
 
 import functools
@@ -16,7 +17,7 @@ from . import dispatch
 from .native import DTYPES, MOMENTS, build_info, extension, missing, update_lacks
 
 # Up to this many rows one pass over W serves the whole product: kMmaTiles * kTileRows in masked_linear_small.cu. No
-# choice: which of the paths a shape takes says dispatch.json.
+# choice: which of the paths a shape takes says dispatch.json. Only invariant products go on in that kernel.
 SMALL_M = 64
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,8 +52,8 @@ def decide(op: str, dtype: torch.dtype, n: int, k: int, m: int, kept: bool = Fal
     return dispatch.row(kind, op, dtype, n, k, m, kept)
 
 
-def _from_bits(x: Tensor, weight: Tensor) -> bool:
-    return dispatch.row(device_kind(x.device.index), "masked_linear", x.dtype, *weight.shape, _rows(x)).path == "bits"
+def _from_bits(x: Tensor, weight: Tensor, rows: int) -> bool:
+    return dispatch.row(device_kind(x.device.index), "masked_linear", x.dtype, *weight.shape, rows).path == "bits"
 
 
 def has_bits_kernel(op: str, x: Tensor, weight: Tensor) -> bool:
@@ -67,18 +68,21 @@ def lacks(name: str, args: tuple) -> str | None:
     capability = _capability(tensors[0].device.index)
     if capability < (8, 0):
         return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
-    if name == "masked_weight":
+    if name in ("masked_weight", "masked_weight_"):
         return None if args[0].element_size() in (2, 4, 8) else f"no CUDA kernel for {args[0].dtype}"
     other = {str(t.dtype) for t in tensors if t.is_floating_point()} - {str(d) for d in _FLOATS}
     if other:
         return f"no CUDA kernel for {', '.join(sorted(other))}"
     if name == "mask_update_":
         return _update_lacks(*args[:7])
-    if name == "grouped_masked_linear" and (args[5] or any(words is None for words in args[2])):
-        return "rows without a mask, and invariant ones, have no kernel"
     if name in ("masked_linear", "grouped_masked_linear") and args[0].dtype != args[1].dtype:
         return f"x is {args[0].dtype} and weight {args[1].dtype}: the CUDA products take one dtype"
-    if name == "masked_linear" and args[4] is None and _rows(args[0]) > SMALL_M and _from_bits(*args[:2]):
+    rows = ()
+    if name == "masked_linear" and args[4] is None:
+        rows = (_rows(args[0]),)
+    elif name == "grouped_masked_linear" and not args[5]:
+        rows = (j - i for words, i, j in zip(args[2], args[4], args[4][1:]) if words is not None)
+    if any(m > SMALL_M and _from_bits(*args[:2], m) for m in rows):
         return _gemm_lacks(args[0], capability)
     return None
 
@@ -167,30 +171,71 @@ def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
     return out
 
 
+def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:
+    masked_weights_([out], [weight], [bits], None if old is None else [old])
+
+
+def masked_weights_(
+    outs: list[Tensor], weights: list[Tensor], bits: list[Tensor], olds: list[Tensor] | None = None
+) -> None:
+    """`masked_weight_` of every layer of a model in one launch (up to 48 layers): a swap. One dtype, one device."""
+    weights = [_matrix(w) for w in weights]
+    addresses = ([t.data_ptr() for t in group] for group in (outs, weights, bits, olds or ()))
+    _launch(
+        "masked_weights", outs[0].device, *addresses, [w.shape[0] for w in weights], [w.shape[1] for w in weights],
+        [w.stride(0) for w in weights], outs[0].element_size(),
+    )  # fmt: skip
+
+
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:
     if dense is not None:
         return reference.masked_linear(x, weight, bits, bias, dense)
-    if not _from_bits(x, weight):
+    m = _rows(x)
+    if not _from_bits(x, weight, m):
         return reference.masked_linear(x, weight, bits, bias, masked_weight(weight, bits))
     rows = x.reshape(-1, x.shape[-1])
-    y = _small(rows, weight, bits, bias, None) if len(rows) <= SMALL_M else masked_gemm(rows, weight, bits, bias)
+    y = _small(rows, weight, [(bits, 0, m)], bias) if m <= SMALL_M else masked_gemm(rows, weight, bits, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grouped_masked_linear(
     x: Tensor, weight: Tensor, bits: list[Tensor | None], bias: Tensor | None, offsets: list[int], invariant: bool
 ) -> Tensor:
-    return _small(x, weight, torch.stack(bits), bias, torch.tensor(offsets, device=x.device))
+    groups = [(w, i, j, _path(x, weight, w, j - i, invariant)) for w, i, j in zip(bits, offsets, offsets[1:]) if j > i]
+    y, scratch = _small(x, weight, [group[:3] for group in groups if group[3] == "few"], bias), None
+    for words, i, j, path in groups:
+        if path == "gemm":
+            y[i:j] = masked_gemm(x[i:j], weight, words, bias)
+        elif path == "made":
+            dense = weight
+            if words is not None:
+                # One buffer for all groups: the stream orders what is done with it.
+                scratch = torch.empty(weight.shape, dtype=weight.dtype, device=x.device) if scratch is None else scratch
+                masked_weight_(scratch, weight, words, None)
+                dense = scratch
+            y[i:j] = reference.masked_linear(x[i:j], weight, words, bias, dense)
+    return y
 
 
-def _small(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, offsets: Tensor | None) -> Tensor:
+def _path(x: Tensor, weight: Tensor, words: Tensor | None, m: int, invariant: bool) -> str:
+    """How a group of m rows is computed: "few", by masked_linear_small.cu; "gemm", by the wgmma kernel; "made"."""
+    if invariant:
+        return "few"
+    if not _from_bits(x, weight, m):
+        return "made"
+    return "few" if m <= SMALL_M else "made" if words is None else "gemm"
+
+
+def _small(x: Tensor, weight: Tensor, groups: list[tuple[Tensor | None, int, int]], bias: Tensor | None) -> Tensor:
+    """(M, N) by masked_linear_small.cu; groups: (bits or None for the plain weight, first row, row behind the last)."""
     x, weight = _matrix(x), _matrix(weight)
     (m, k), n = x.shape, weight.shape[0]
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    bits, starts, ends = zip(*groups) if groups else ((), (), ())
     _launch(
         "masked_linear_small", x.device, x.data_ptr(), _dtype(x), x.stride(0), weight.data_ptr(), weight.stride(0),
-        bits.data_ptr(), _ptr(bias), _ptr(offsets), 1 if offsets is None else bits.shape[0], m, n, k, y.data_ptr(),
+        [_ptr(words) for words in bits], starts, ends, _ptr(bias), n, k, y.data_ptr(),
     )  # fmt: skip
     return y
 

@@ -3,8 +3,6 @@
 The emulator runs the kernels' own source (csrc/cuda/*.cu), so these tests mean something without a GPU too.
 """
 
-import contextlib
-import itertools
 import subprocess
 import sys
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, need_gpu, shape_id
 from kernels import sanitizer_driver
+from kernels.cuda_checks import check_product, inside, layouts, twice, unchanged
 
 import rmt_kernels as rk
 from rmt_kernels import backends, reference
@@ -21,32 +20,6 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = FLOATS[1:]
 CLIP_SHAPES = [(1, 768, 768), (16, 2304, 768), (50, 3072, 768), (64, 768, 3072)]
 gpu = pytest.mark.gpu
-
-
-@contextlib.contextmanager
-def unchanged(*tensors):
-    before = [None if t is None else t.clone() for t in tensors]
-    yield
-    assert all(t is None or torch.equal(t, b) for t, b in zip(tensors, before)), "an input was written to"
-
-
-def twice(call):
-    """The result of `call`, which must repeat bit for bit."""
-    first, second = call(), call()
-    assert torch.equal(first, second), "two runs differ"
-    return first
-
-
-def inside(t: torch.Tensor) -> torch.Tensor:
-    """The same matrix as a view into a larger one: odd row stride, first element not on 16 bytes."""
-    n, k = t.shape
-    wide = torch.zeros(n + 1, k + 3, dtype=t.dtype, device=t.device)
-    wide[1:, 1 : k + 1] = t
-    return wide[1:, 1 : k + 1]
-
-
-def layouts(t: torch.Tensor) -> list[torch.Tensor]:
-    return [t, inside(t), t.T.contiguous().T]
 
 
 # --- bits and masked weight -------------------------------------------------------------------------------------------
@@ -213,16 +186,6 @@ def test_mask_update_of_more_layers_than_one_launch_takes(device):
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def check_product(call, x, weight, bits, bias):
-    """`call()` against the float64 truth, twice, with the inputs unchanged."""
-    with unchanged(x, weight, bits, bias):
-        got = twice(call)
-    double = [None if t is None else t.double() for t in (x, weight, bias)]
-    truth = reference.masked_linear(double[0], double[1], bits, double[2], None)
-    assert_no_worse(got, reference.masked_linear(x, weight, bits, bias, None), truth)
-    return got
-
-
 SMALL = [shape for shape in SHAPES if shape[0]] + [(33, 20, 256), (64, 17, 72)]
 
 
@@ -253,44 +216,6 @@ def test_masked_linear_small_at_clip_shapes(shape, dtype):
 def test_no_rows(device):
     t = layer((0, 5, 33), device=device)
     assert cuda.masked_linear(t["x"], t["weight"], t["bits"], t["bias"], None).shape == (0, 5)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("n, k", [(33, 197), (16, 64), (1, 5)])
-@pytest.mark.parametrize("sizes", [(0, 3, 1, 8, 9, 0, 17), (1,) * 20, (70,), (0, 0)], ids=str)
-def test_grouped(device, sizes, n, k, dtype):
-    """Bitwise what each task gives alone, and as near the truth as the reference."""
-    t = layer((sum(sizes), n, k), dtype, device)
-    bits = torch.stack(
-        [reference.pack_scores(layer((1, n, k), seed=i)["scores"], THRESHOLD) for i in range(len(sizes))]
-    )
-    bits, ends = bits.to(device), torch.tensor([0, *sizes]).cumsum(0).tolist()
-    offsets = torch.tensor(ends, device=device)
-    got = cuda.grouped_masked_linear(t["x"], t["weight"], bits, t["bias"], offsets)
-    for task, (i, j) in enumerate(itertools.pairwise(ends)):
-        rows = t["x"][i:j]
-        for first in range(0, j - i, 64):
-            part = rows[first : first + 64]
-            call = lambda part=part, task=task: cuda.masked_linear(part, t["weight"], bits[task], t["bias"], None)  # noqa: E731
-            alone = check_product(call, part, t["weight"], bits[task], t["bias"])
-            assert torch.equal(got[i + first : i + first + 64][: len(part)], alone)
-
-
-@pytest.mark.parametrize("dtype, m", [(torch.float32, 17), (torch.bfloat16, 150)], ids=str)
-def test_grouped_with_more_passes_than_blocks_share(device, dtype, m):
-    """N so large that every block makes all passes over its rows of W."""
-    t = layer((m, 4100, 8), dtype, device)
-    offsets = torch.tensor([0, m], device=device)
-    call = lambda: cuda.grouped_masked_linear(t["x"], t["weight"], t["bits"][None], None, offsets)  # noqa: E731
-    check_product(call, t["x"], t["weight"], t["bits"], None)
-
-
-def test_bad_offsets_stay_in_bounds(device):
-    t = layer((9, 16, 64), device=device)
-    bits = torch.stack([t["bits"]] * 3)
-    for offsets in ([-5, 3, 10**12, 4], [4, 2, 9, 9], [2**62, -(2**62), 2**62, 1]):
-        y = cuda.grouped_masked_linear(t["x"], t["weight"], bits, None, torch.tensor(offsets, device=device))
-        assert y.shape == (9, 16)
 
 
 GEMM_SHAPES = [(1, 1, 8), (70, 130, 72), (300, 48, 200), (129, 257, 600)]
