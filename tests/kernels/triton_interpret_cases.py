@@ -1,5 +1,7 @@
 """Run by test_triton_interpret.py in a process with TRITON_INTERPRET=1. Not collected by name."""
 
+import itertools
+
 import helpers
 import pytest
 import torch
@@ -102,28 +104,73 @@ def test_off_weights_are_zero_even_if_not_finite(dtype):
     assert not torch.signbit(got[2][off]).any()
 
 
+def grouped(split, n, k, dtype=torch.float32):
+    """Tensors, bits by group (every third the plain weight) and offsets of a mixed batch."""
+    t = layer((sum(split), n, k), dtype)
+    bits = [None if i % 3 == 2 else layer((1, n, k), seed=i)["bits"] for i in range(len(split))]
+    return t, bits, [0, *itertools.accumulate(split)]
+
+
 @for_dtypes
 @pytest.mark.parametrize(
     "split", [[17], [0, 17, 0], [5, 0, 12], [1, 2, 14], [16, 1], [40, 0, 33, 1]], ids=lambda s: "+".join(map(str, s))
 )
 def test_grouped_matches_reference(split, dtype):
-    m, n, k, tasks = sum(split), 40, 67, len(split)
-    t = layer((m, n, k), dtype)
-    bits = torch.stack([layer((1, n, k), seed=i)["bits"] for i in range(tasks)])
-    offsets = torch.tensor([0, *split]).cumsum(0)
-    args = (t["x"], t["weight"], bits, t["bias"], offsets)
+    """As near the truth as the reference, and each group bit for bit what it is alone, in one tile or another."""
+    t, bits, offsets = grouped(split, 40, 67, dtype)
+    args = (t["x"], t["weight"], bits, t["bias"], offsets, False)
     got = leaves_alone(t, lambda: rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"]))
-    exact = (t["x"].double(), t["weight"].double(), bits, t["bias"].double(), offsets)
+    exact = (t["x"].double(), t["weight"].double(), bits, t["bias"].double(), offsets, False)
     assert_no_worse(got, reference.grouped_masked_linear(*args), reference.grouped_masked_linear(*exact))
+    all_on = reference.pack_bits(torch.ones(40, 67, dtype=torch.bool))
+    for words, i, j in zip(bits, offsets, offsets[1:]):
+        alone = rk.masked_linear(t["x"][i:j], t["weight"], all_on if words is None else words, t["bias"])
+        assert torch.equal(got[i:j], alone)
+
+
+@for_dtypes
+def test_an_invariant_row_depends_on_its_mask_alone(dtype):
+    t, bits, offsets = grouped([70, 1, 0, 9, 40], 24, 64, dtype)
+    x, weight, bias = t["x"], t["weight"], t["bias"]
+    whole = rk.grouped_masked_linear(x, weight, bits, offsets, bias, invariant=True)
+    plain = reference.grouped_masked_linear(x, weight, bits, bias, offsets, True)
+    truth = reference.grouped_masked_linear(x.double(), weight.double(), bits, bias.double(), offsets, True)
+    assert_no_worse(whole, plain, truth)
+    for words, i, j in zip(bits, offsets, offsets[1:]):
+        for row in {i, (i + j) // 2, max(i, j - 1)} if j > i else ():
+            view = torch.cat([x, x], 1)[row : row + 1, :64]
+            alone = rk.grouped_masked_linear(view, weight, [words], [0, 1], bias, invariant=True)
+            assert torch.equal(alone[0], whole[row])
+
+
+def test_grouped_takes_strides():
+    t, bits, offsets = grouped([3, 1, 13], 40, 64)
+    want = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
+    t["x"] = torch.cat([t["x"], t["x"]], 1)[:, 5:69].copy_(t["x"])
+    t["weight"] = t["weight"].T.contiguous().T
+    got = leaves_alone(t, lambda: rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"]))
+    assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_grouped_takes_no_rows():
     t = layer((0, 9, 40))
-    offsets = torch.zeros(3, dtype=torch.int64)
-    assert rk.grouped_masked_linear(t["x"], t["weight"], t["bits"].expand(2, 9, 2).contiguous(), offsets).shape == (
-        0,
-        9,
-    )
+    assert rk.grouped_masked_linear(t["x"], t["weight"], [t["bits"], None], [0, 0, 0]).shape == (0, 9)
+
+
+@for_dtypes
+@for_shapes
+def test_masked_weight_in_place(shape, dtype):
+    t, other = layer(shape, dtype), layer(shape, seed=1)["bits"]
+    other[:, ::2] = t["bits"][:, ::2]  # words in common
+    want = reference.masked_weight(t["weight"], t["bits"])
+    for weight in (t["weight"], t["weight"].T.contiguous().T):
+        out = torch.full_like(want, 7)
+        leaves_alone(t, lambda weight=weight, out=out: rk.masked_weight_(out, weight, t["bits"]))
+        assert torch.equal(out, want)
+        equal = torch.repeat_interleave(t["bits"] == other, 32, 1)[:, : shape[2]]
+        out = torch.where(equal, 7, reference.masked_weight(t["weight"], other))
+        rk.masked_weight_(out, weight, t["bits"], old=other)
+        assert torch.equal(out, torch.where(equal, 7, want)), "words that differ, and no others, are written"
 
 
 def check_mask_grad(t, strength=0.7, stream=3):

@@ -21,6 +21,7 @@ _HOMES = {
     "mask_update_": "update",
     "pack_scores": "update",
     "masked_weight": "update",
+    "masked_weight_": "update",
 }
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

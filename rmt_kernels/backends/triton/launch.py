@@ -82,6 +82,18 @@ def dot_tile(op: str, rows: int, *operands: Tensor) -> tuple[tuple[int, ...], st
     return tile, "tf32" if kind == "tf32" else "ieee"
 
 
+# What copies of captured graphs read, at every replay.
+_captured: list[Tensor] = []
+
+
+def upload(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """Integers as an int64 tensor on `device`, in one copy that nothing waits for."""
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table.to(device, non_blocking=True)
+
+
 def launch(kernel: triton.JITFunction, blocks: int, out: Tensor, *args, **constants) -> None:
     """Runs `kernel` on a one-dimensional grid, which unlike the other two axes has room for 2^31 blocks."""
     # Triton launches on the current device, which need not be the tensors'.

@@ -1,25 +1,29 @@
 """y = x @ (weight * bits).T + bias, its input cotangent, and the same over rows grouped by task."""
 
-import torch
 import triton
 import triton.language as tl
 
 from .bits import block_mask, block_offsets, load_masked
-from .launch import GROUP, dot_tile, launch
+from .launch import GROUP, dot_tile, launch, upload
+
+# Of a row block of `grouped_masked_linear_kernel`: address of its bits or 0 for none, first row, end of its group.
+ENTRY = tl.constexpr(3)
 
 
 @triton.jit
 def _rows(
     x_ptr, weight_ptr, bits_ptr, bias_ptr, y_ptr, offs_m, end_m, offs_n, N, K, words,
     stride_xm, stride_xk, stride_wn, stride_wk,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, present=True,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         inside = block_mask(offs_m, offs_k, end_m, K)
         x_blk = tl.load(x_ptr + block_offsets(offs_m, offs_k, stride_xm, stride_xk), mask=inside, other=0.0)
-        w_blk = load_masked(weight_ptr, bits_ptr, offs_n, k0, N, K, words, stride_wn, stride_wk, BLOCK_N, BLOCK_K)
+        w_blk = load_masked(
+            weight_ptr, bits_ptr, offs_n, k0, N, K, words, stride_wn, stride_wk, BLOCK_N, BLOCK_K, present
+        )
         # The masked weight is the right operand: on sm_90 it then passes through shared memory. As the left one it
         # would stay in registers, which Triton 3.6 may overwrite under a pending wgmma (kernels.md 1c).
         acc = tl.dot(x_blk, w_blk.to(x_blk.dtype).T, acc, input_precision=PRECISION)
@@ -50,30 +54,20 @@ def masked_linear_kernel(
 
 @triton.jit
 def grouped_masked_linear_kernel(
-    x_ptr, weight_ptr, bits_ptr, bias_ptr, offsets_ptr, y_ptr, T, N, K, words, max_blocks_m,
+    x_ptr, weight_ptr, bias_ptr, table_ptr, first, blocks_m, y_ptr, N, K, words,
     stride_xm, stride_xk, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    # Row blocks of one column run side by side: they share the weight tile in L2, whatever their task.
-    pid_m, pid_n = tl.program_id(0) % max_blocks_m, tl.program_id(0) // max_blocks_m
-    offs_t = tl.arange(0, BLOCK_T)
-    starts = tl.load(offsets_ptr + offs_t, mask=offs_t < T, other=0)
-    ends = tl.load(offsets_ptr + 1 + offs_t, mask=offs_t < T, other=0)
-    # The host does not know the split: each program finds its task among the row blocks that the tasks need.
-    blocks = (ends - starts + BLOCK_M - 1) // BLOCK_M
-    next_task = tl.cumsum(blocks, 0)
-    task = tl.sum((next_task <= pid_m).to(tl.int32), 0)
-    if task < T:
-        mine = offs_t == task
-        start = tl.sum(tl.where(mine, starts - (next_task - blocks) * BLOCK_M, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-        offs_m = start + pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        _rows(
-            x_ptr, weight_ptr, bits_ptr + task.to(tl.int64) * N * words, bias_ptr, y_ptr, offs_m, end, offs_n,
-            N, K, words, stride_xm, stride_xk, stride_wn, stride_wk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+    # Row blocks of one column run side by side: they share the weight tile in L2, whatever their group.
+    pid_m, pid_n = tl.program_id(0) % blocks_m, tl.program_id(0) // blocks_m
+    entry = table_ptr + (first + pid_m) * ENTRY
+    address, start, end = tl.load(entry), tl.load(entry + 1).to(tl.int32), tl.load(entry + 2).to(tl.int32)
+    offs_m = start + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    _rows(
+        x_ptr, weight_ptr, address.to(tl.pointer_type(tl.int32)), bias_ptr, y_ptr, offs_m, end, offs_n,
+        N, K, words, stride_xm, stride_xk, stride_wn, stride_wk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, address != 0,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -134,19 +128,26 @@ def masked_linear_dx(g, weight, bits, dense):
 
 
 def grouped_masked_linear(x, weight, bits, bias, offsets, invariant):
-    bits, offsets = torch.stack(bits), torch.tensor(offsets, device=x.device)
-    (m, k), (tasks, n, words) = x.shape, bits.shape
-    y = x.new_empty((m, n))
-    if m == 0:
+    n, k = weight.shape
+    if invariant:
+        x = x.contiguous()  # the tile depends on strides
+    buckets = {}  # the groups of one tile share a launch: alone each would have that tile, and so the same sums
+    for words, start, end in zip(bits, offsets, offsets[1:]):
+        if end > start:
+            tile = dot_tile("masked_linear", 1 if invariant else end - start, x, weight)
+            address = 0 if words is None else words.data_ptr()
+            blocks = buckets.setdefault(tile, [])
+            blocks += [(address, first, end) for first in range(start, end, tile[0][0])]
+    y = x.new_empty((x.shape[0], n))
+    if not buckets:
         return y
-    (block_m, block_n, block_k, warps, stages), dots = dot_tile("masked_linear", m // tasks, x, weight)
-    # However the rows are split, the tasks' last blocks waste less than one block each.
-    max_blocks_m = min(m, m // block_m + tasks)
-    launch(
-        grouped_masked_linear_kernel, max_blocks_m * triton.cdiv(n, block_n), y,
-        x, weight, bits, None if bias is None else bias.contiguous(), offsets.contiguous(), y, tasks, n, k, words,
-        max_blocks_m, *x.stride(), *weight.stride(),
-        PRECISION=dots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        BLOCK_T=triton.next_power_of_2(tasks), num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    table, first = upload([entry for blocks in buckets.values() for entry in blocks], x.device), 0
+    for ((block_m, block_n, block_k, warps, stages), dots), blocks in buckets.items():
+        launch(
+            grouped_masked_linear_kernel, len(blocks) * triton.cdiv(n, block_n), y,
+            x, weight, None if bias is None else bias.contiguous(), table, first, len(blocks), y, n, k, -(-k // 32),
+            *x.stride(), *weight.stride(),
+            PRECISION=dots, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        first += len(blocks)
     return y

@@ -74,6 +74,26 @@ def masked_weight_kernel(
     tl.store(out_ptr + block_offsets(offs_n, offs_k, K, 1), w_blk, mask=block_mask(offs_n, offs_k, N, K))
 
 
+@triton.jit
+def swap_kernel(
+    out_ptr, weight_ptr, bits_ptr, old_ptr, N, K, words, stride_n, stride_k,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The masked weight where words of bits differ from old's; elsewhere nothing is read or written."""
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    k0 = tl.program_id(0) % blocks_k * BLOCK_K
+    offs_n = tl.program_id(0) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = k0 + tl.arange(0, BLOCK_K)
+    new = load_words(bits_ptr, offs_n, k0 // 32, N, words, BLOCK_K // 32)
+    changed = load_words(old_ptr, offs_n, k0 // 32, N, words, BLOCK_K // 32) != new
+    touched = (expand_words(-changed.to(tl.int32), 0, BLOCK_N, BLOCK_K) != 0) & block_mask(offs_n, offs_k, N, K)
+    w_blk = tl.load(weight_ptr + block_offsets(offs_n, offs_k, stride_n, stride_k), mask=touched, other=0.0)
+    tl.store(
+        out_ptr + block_offsets(offs_n, offs_k, K, 1),
+        apply_mask(w_blk, expand_words(new, 0, BLOCK_N, BLOCK_K)), mask=touched,
+    )  # fmt: skip
+
+
 def _blocks(op, shape):
     block_n, block_k, warps = TILES[op]
     grid = triton.cdiv(shape[0], block_n) * triton.cdiv(shape[1], block_k)
@@ -107,6 +127,16 @@ def pack_scores(scores, threshold):
 
 def masked_weight(weight, bits):
     out = weight.new_empty(weight.shape)
-    grid, tile = _blocks("masked_weight", weight.shape)
-    launch(masked_weight_kernel, grid, out, weight, bits, out, *weight.shape, bits.shape[1], *weight.stride(), **tile)
+    masked_weight_(out, weight, bits, None)
     return out
+
+
+def masked_weight_(out, weight, bits, old):
+    grid, tile = _blocks("masked_weight", weight.shape)
+    rest = (*weight.shape, bits.shape[1], *weight.stride())
+    if grid == 0:
+        return
+    if old is None:
+        launch(masked_weight_kernel, grid, out, weight, bits, out, *rest, **tile)
+    else:
+        launch(swap_kernel, grid, out, out, weight, bits, old, *rest, **tile)
