@@ -1,6 +1,7 @@
 """The Triton kernels on a GPU: accuracy at odd and CLIP's shapes, determinism, CUDA graphs, large indices."""
 
 import contextlib
+import itertools
 
 import helpers
 import pytest
@@ -81,15 +82,47 @@ def test_linear_mixes_dtypes_and_takes_strides(x_dtype, weight_dtype):
     )
 
 
+def grouped(split, n, k, precision):
+    """Tensors, bits by group (every third the plain weight) and offsets of a mixed batch."""
+    bits = [None if i % 3 == 2 else layer((1, n, k), device="cuda", seed=i)["bits"] for i in range(len(split))]
+    return inputs((sum(split), n, k), precision), bits, [0, *itertools.accumulate(split)]
+
+
+@pytest.mark.parametrize("k", [768, 772])
 @pytest.mark.parametrize("split", [[7], [0, 40, 0, 3, 1], [1, 2, 300, 900], [16] * 32], ids=lambda s: f"{len(s)}-tasks")
-def test_grouped_matches_reference(split, precision):
-    t = inputs((sum(split), 768, 772), precision)
-    bits = torch.stack([layer((1, 768, 772), seed=i)["bits"] for i in range(len(split))]).cuda()
-    offsets = torch.tensor([0, *split], device="cuda").cumsum(0)
-    args = (t["x"], t["weight"], bits, t["bias"], offsets)
+def test_grouped_matches_reference(split, precision, k):
+    t, bits, offsets = grouped(split, 768, k, precision)
+    args = (t["x"], t["weight"], bits, t["bias"], offsets, False)
     got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
-    truth = reference.grouped_masked_linear(*exact(*args))
+    truth = reference.grouped_masked_linear(*exact(*args[:2]), bits, t["bias"].double(), offsets, False)
     assert_no_worse(got, reference.grouped_masked_linear(*args), truth, factor(precision))
+    for words, i, j in zip(bits, offsets, offsets[1:]):
+        words = torch.full_like(t["bits"], -1) if words is None else words
+        assert torch.equal(got[i:j], rk.masked_linear(t["x"][i:j], t["weight"], words, t["bias"]))
+
+
+def test_an_invariant_row_depends_on_its_mask_alone(precision):
+    t, bits, offsets = grouped([1, 2, 300, 900], 768, 772, precision)
+    whole = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"], invariant=True)
+    for words, i, j in zip(bits, offsets, offsets[1:]):
+        for rows in {min(rows, j - i) for rows in (1, 2, 17, 64, j - i)}:
+            x = t["x"][i : i + rows]
+            part = rk.grouped_masked_linear(x, t["weight"], [words], [0, rows], t["bias"], invariant=True)
+            assert torch.equal(part, whole[i : i + rows])
+
+
+@for_shapes
+def test_masked_weight_in_place(shape):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        t, other = layer(shape, dtype, "cuda"), layer(shape, device="cuda", seed=1)["bits"]
+        other[:, ::2] = t["bits"][:, ::2]
+        want, out = reference.masked_weight(t["weight"], t["bits"]), torch.full_like(t["weight"], 7)
+        rk.masked_weight_(out, t["weight"], t["bits"])
+        assert torch.equal(out, want)
+        equal = torch.repeat_interleave(t["bits"] == other, 32, 1)[:, : shape[2]]
+        out = torch.where(equal, 7, reference.masked_weight(t["weight"], other))
+        rk.masked_weight_(out, t["weight"], t["bits"], old=other)
+        assert torch.equal(out, torch.where(equal, 7, want)), "words that differ, and no others, are written"
 
 
 @for_shapes
@@ -187,7 +220,7 @@ def test_mask_update_matches_reference():
 
 def test_runs_agree_bitwise(precision):
     t = inputs((1600, 768, 768), precision)
-    offsets, bits = torch.tensor([0, 300, 1600], device="cuda"), torch.stack([t["bits"], ~t["bits"]])
+    offsets, bits = [0, 300, 1600], [t["bits"], ~t["bits"]]
     kwargs = {"penalty": t["penalty"], "rng": t["rng"], "strength": 0.5, "stream": 1}
     calls = (
         lambda: rk.masked_linear(t["x"], t["weight"], t["bits"], t["bias"]),
@@ -222,12 +255,14 @@ def test_tf32_is_used_where_torch_allows_it():
 
 def test_nothing_waits_for_the_device():
     t = inputs((600, 768, 768), "bf16")
-    offsets, bits = torch.tensor([0, 300, 600], device="cuda"), torch.stack([t["bits"], t["bits"]])
+    offsets, bits, out = [0, 300, 301, 600], [t["bits"], None, t["bits"]], torch.empty_like(t["weight"])
     scores, packed, m, v, dense, grads, weights = update_state([(1, 768, 768)])
     factors = torch.ones(2, device="cuda")
 
     def step():
         rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets)
+        rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, invariant=True)
+        rk.masked_weight_(out, t["weight"], t["bits"])
         rk.mask_grad(t["x"], t["g_task"], t["g_general"], t["weight"], t["scores"], penalty=t["penalty"], rng=t["rng"])
         rk.mask_update_(scores, packed, m, v, grads, factors, dense=dense, weights=weights)
 
