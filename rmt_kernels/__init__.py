@@ -20,6 +20,7 @@ from .ops import (
     weight_gradients_to,
 )
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
+from .swap import masked_weights_
 
 __all__ = [
     "BackendUnavailable",
@@ -37,6 +38,7 @@ __all__ = [
     "masked_linear_dx",
     "masked_weight",
     "masked_weight_",
+    "masked_weights_",
     "pack_bits",
     "pack_scores",
     "philox_uniform",

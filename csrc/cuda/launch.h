@@ -38,7 +38,7 @@ void masked_weights(
     const std::vector<uintptr_t>& outs,     // one (N, K) each, contiguous, rewritten
     const std::vector<uintptr_t>& weights,  // one (N, K) of element_size bytes each
     const std::vector<uintptr_t>& bits,
-    const std::vector<uintptr_t>& olds,     // empty, or the bits that each of outs holds now, or 0: not known
+    const std::vector<uintptr_t>& olds,     // the bits that each of outs was made of, or 0: not known
     const std::vector<int64_t>& rows,       // N of each
     const std::vector<int64_t>& cols,       // K of each
     const std::vector<int64_t>& strides,    // of the rows of weights

@@ -173,7 +173,7 @@ void masked_weights(const std::vector<uintptr_t>& outs, const std::vector<uintpt
     if (table.count == kMaxRewritten || blocks + more > INT32_MAX) launch();
     table.groups[table.count] = all;
     table.layers[table.count++] = {pointer<const void>(weights[i]), pointer<const uint32_t>(bits[i]),
-                                   olds.empty() ? nullptr : pointer<const uint32_t>(olds[i]), pointer<void>(outs[i]),
+                                   pointer<const uint32_t>(olds[i]), pointer<void>(outs[i]),
                                    one_row ? columns : strides[i], columns,
                                    static_cast<uint32_t>(ceil_div(columns, 32)), static_cast<uint32_t>(groups),
                                    static_cast<uint32_t>(blocks), vectors};

@@ -172,19 +172,16 @@ def masked_weight(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:
-    masked_weights_([out], [weight], [bits], None if old is None else [old])
+    masked_weights_([out], [weight], [bits], [old])
 
 
-def masked_weights_(
-    outs: list[Tensor], weights: list[Tensor], bits: list[Tensor], olds: list[Tensor] | None = None
-) -> None:
-    """`masked_weight_` of every layer of a model in one launch (up to 48 layers): a swap. One dtype, one device."""
+def masked_weights_(outs: list[Tensor], weights: list[Tensor], bits: list[Tensor], olds: list[Tensor | None]) -> None:
+    """`masked_weight_` of every layer, all of one dtype and device; up to 48 of them in one launch."""
     weights = [_matrix(w) for w in weights]
-    addresses = ([t.data_ptr() for t in group] for group in (outs, weights, bits, olds or ()))
-    _launch(
-        "masked_weights", outs[0].device, *addresses, [w.shape[0] for w in weights], [w.shape[1] for w in weights],
-        [w.stride(0) for w in weights], outs[0].element_size(),
-    )  # fmt: skip
+    addresses = ([_ptr(t) for t in group] for group in (outs, weights, bits, olds))
+    rows, columns = zip(*(w.shape for w in weights))
+    strides = [w.stride(0) for w in weights]
+    _launch("masked_weights", outs[0].device, *addresses, rows, columns, strides, outs[0].element_size())
 
 
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, dense: Tensor | None) -> Tensor:

@@ -167,7 +167,7 @@ def test_masked_weights_of_a_model_in_one_launch(device, monkeypatch):
     weights[3] = inside(weights[3])
     want = [reference.masked_weight(w, b) for w, b in zip(weights, bits)]
     outs = [torch.full_like(w, 7) for w in want]
-    cuda.masked_weights_(outs, weights, bits)
+    cuda.masked_weights_(outs, weights, bits, [None] * len(outs))
     assert all(torch.equal(o, w) for o, w in zip(outs, want)) and launched == ["masked_weights"]
     # Where nothing differs nothing is written.
     outs = [torch.full_like(w, 7) if i % 2 else reference.masked_weight(weights[i], olds[i])
@@ -219,7 +219,7 @@ def _serving(device):
     def step():
         offsets = [0, 1, 100, 101, 164, 300]
         y = [rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"], invariant=i) for i in (0, 1)]
-        cuda.masked_weights_(kept, [t["weight"]] * 3, [bits[0], bits[1], bits[3]])
+        rk.masked_weights_(kept, [t["weight"]] * 3, [bits[0], bits[1], bits[3]])
         rk.masked_weight_(kept[0], t["weight"], bits[1], old=bits[0])
         return [*y, *kept]
 
