@@ -85,9 +85,10 @@ if [ -n "$dry" ]; then
   stage sanitize_triton 600 "" "$(module triton)" "$py" $driver triton --emulated
   stage train_step 120 "" "$(first "$(file bench/train_step.py)" "$(module open_clip)")" \
     "$py" bench/train_step.py --quick --json "$out/train_step.json"
-  for bench in update weight_grad; do
+  for bench in update weight_grad swap; do
     stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --quick --seconds 0.01 --json "$out/$bench.json"
   done
+  stage grouped 300 "" "$(file bench/grouped.py)" "$py" bench/grouped.py --quick --json "$out/grouped.json"
   stage dispatch 120 "" "" "$py" bench/dispatch.py --device cpu --quick --seconds 0.01 --json "$out/dispatch_rows.json"
   stage masked_linear 300 "" "" "$py" bench/masked_linear.py --device cpu --layers "ViT-B attn.out_proj" --rows 1 \
     --no-compile --seconds 0.01 --json "$out/masked_linear.json"
@@ -98,10 +99,14 @@ else
     "$py" setup.py -q build_ext --inplace --build-temp "$work/build"
   stage doctor 60 build "" bash -c '"$0" -m rmt.cli doctor --json >"$1"' "$py" "$out/doctor.json"
   parallel=$([ -n "$(module xdist)" ] || echo "-n 4")
-  stage tests_cuda 100 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_cuda.py
+  stage tests_cuda 100 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_cuda.py \
+    tests/kernels/test_cuda_grouped.py tests/kernels/test_swap.py
   stage tests_triton 120 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_triton.py
+  bank=tests/rmt/test_bank_gpu.py
+  stage tests_bank 60 build "$(first "$(file $bank)" "$(module open_clip)")" "$py" -m pytest -m gpu $bank
   stage tests_rest 60 build "" "$py" -m pytest -m gpu tests --ignore tests/kernels/test_cuda.py \
-    --ignore tests/kernels/test_triton.py
+    --ignore tests/kernels/test_cuda_grouped.py --ignore tests/kernels/test_swap.py \
+    --ignore tests/kernels/test_triton.py --ignore $bank
   # Some virtual machines keep the tool from the device: that says nothing about the kernels.
   unsupported='"$@" 2>&1 | tee "$0"; code=${PIPESTATUS[0]}
     ! grep "Device not supported" "$0" || exit 77; exit $code'
@@ -114,6 +119,18 @@ else
   for check in memcheck racecheck synccheck initcheck; do sanitize cuda $check; done
   right="build tests_cuda tests_rest memcheck_cuda racecheck_cuda synccheck_cuda initcheck_cuda"
   cuda="env RMT_BACKEND=cuda $py"
+  # Many tasks over one weight: rows by task against folded copies and one dense product; and what a swap costs.
+  for dtype in bf16 fp32; do
+    stage swap_$dtype 15 "$right" "" $cuda bench/swap.py --device cuda --dtype $dtype --seconds 2 \
+      --json "$out/swap_$dtype.json"
+  done
+  for backend in cuda triton reference; do
+    needs=build
+    [ $backend != triton ] || needs="build tests_triton"
+    [ $backend != cuda ] || needs=$right
+    stage grouped_$backend 45 "$needs" "$(first "$(file bench/grouped.py)" "$(on_gpu bench/grouped.py)")" \
+      env RMT_BACKEND=$backend "$py" bench/grouped.py --device cuda $quick --json "$out/grouped_$backend.json"
+  done
   step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
   for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do
     stage train_step_$precision 80 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \

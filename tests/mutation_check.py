@@ -23,6 +23,8 @@ GROUPED = ["tests/kernels/test_grouped.py"]
 WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 UPDATE = ["tests/kernels/test_update.py", "-k", "cpu"]
 EMULATED = ["tests/kernels/test_update.py", "-k", "emulator"]
+GROUPED = ["tests/kernels/test_cuda_grouped.py", "-k", "emulator and (test_grouped or invariant)"]
+SWAP = ["tests/kernels/test_swap.py", "-k", "emulator"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
 DISPATCH = ["tests/kernels/test_dispatch.py"]
@@ -70,6 +72,13 @@ MUTATIONS = [
     ("draw of a ragged row", "csrc/cuda/method.cuh", "if (skip == 0) return;", "return;", EMULATED),
     ("exponent of half a block", "csrc/cuda/mask_update.cu",
      "max(mine[0], largest[0][warp ^ 1])", "max(mine[0], largest[0][warp])", EMULATED),
+    ("a group without a mask loses a column", "csrc/cuda/masked_linear_small.cu",
+     "nullptr ? 0xFFu : bits[low_byte]", "nullptr ? 0xFEu : bits[low_byte]", GROUPED),
+    ("groups of one row take their neighbour's", "csrc/cuda/masked_linear_small.cu",
+     "(g < tile.rows ? row_of_x : 0)", "row_of_x", GROUPED),
+    ("invariant rows leave the kernel where they are many", "rmt_kernels/backends/cuda.py",
+     "    if invariant:\n        return", "    if invariant and m <= SMALL_M:\n        return", GROUPED),
+    ("a swap misses words", "csrc/cuda/masked_weight.cu", "layer.old[word] == bits", "layer.old[word] <= bits", SWAP),
     ("exp_avg_sq rounded to 0", "rmt_kernels/reference.py", "if signed else size > 0", "if signed else size > 1",
      UPDATE),
     ("second moment without its rest", "csrc/cpu/mask_update.cpp",

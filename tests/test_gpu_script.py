@@ -74,7 +74,7 @@ def pretend_gpu(tmp_path):
 
 def test_nothing_wrong_is_timed_and_the_log_says_so(tmp_path, pretend_gpu):
     log = tmp_path / "calls.txt"
-    fails = 'case "$*" in *tests/kernels/test_cuda.py) exit 1;; *) exit 0;; esac'
+    fails = 'case "$*" in *"test_cuda.py tests/kernels/test_cuda_grouped.py "*) exit 1;; *) exit 0;; esac'
     python = script(tmp_path / "python", f'echo "$RMT_BACKEND $@" >>{log}\n{fails}')
     out = tmp_path / "out"
     done = gpu_sh("--out", out, python=python, path=pretend_gpu)
@@ -83,11 +83,14 @@ def test_nothing_wrong_is_timed_and_the_log_says_so(tmp_path, pretend_gpu):
     assert found["build"]["result"] == "PASS" and found["tests_cuda"]["result"] == "FAIL"
     for name, row in found.items():
         concerned = (
-            name.endswith("_cuda") or name.startswith("train_step") or name in ("update", "weight_grad", "dispatch")
+            name.endswith("_cuda")
+            or name.startswith(("train_step", "swap"))
+            or name in ("update", "weight_grad", "dispatch")
         )
         if concerned and name != "tests_cuda" and not row["why"].startswith(("no bench/", "bench/")):
             assert (row["result"], row["why"]) == ("SKIP", "tests_cuda failed, and nothing wrong is timed"), name
-    for name in ("tests_triton", "masked_linear_bf16_triton", "masked_linear_fp32_reference", "collect"):
+    passed = ("tests_triton", "tests_bank", "masked_linear_bf16_triton", "masked_linear_fp32_reference", "collect")
+    for name in passed:
         assert found[name]["result"] == "PASS", name
     assert found["memcheck_triton"]["result"] == "SKIP" and "Device not supported" in found["memcheck_triton"]["why"]
     assert "cuda bench/" not in log.read_text() and "triton bench/masked_linear.py" in log.read_text()
@@ -102,6 +105,7 @@ def test_everything_runs_where_all_passes(tmp_path, pretend_gpu):
     assert "FAIL" not in done.stdout
     calls = log.read_text()
     for call in ("cuda bench/masked_linear.py --device cuda --dtype bf16", " bench/dispatch.py --device cuda",
+                 "cuda bench/swap.py --device cuda --dtype bf16", "-m pytest -m gpu tests/rmt/test_bank_gpu.py",
                  "-m pytest -m gpu", "setup.py -q build_ext", "rmt.cli doctor --json", "bench/collect.py"):  # fmt: skip
         assert call in calls, call
 
