@@ -10,6 +10,7 @@ from . import plan_command as planning
 from . import run_commands as runs
 from . import task_commands as tasks
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
+from .serve import command as serving
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -140,6 +141,8 @@ COMMANDS = {
                                    tasks.to_official_options, tasks.to_official),
     "demo": Command("The main job from nothing, with no network: a small CLIP, then handwritten digits.",
                     _demo_options, _demo),
+    "serve": Command("Answer over HTTP, many tasks in one batch (pip install 'rmt[serve]').",
+                     serving.options, serving.serve),
     "report": Command("Write one HTML page about a finished run.", _report_options, _report),
     "doctor": Command("Versions, backends and a self-test.", _json_option, _doctor),
 }  # fmt: skip

@@ -33,6 +33,7 @@ FLOORS = {
     "rmt.task_commands": 7,
     "rmt.run_commands": 7,
     "rmt.plan_command": 7,
+    "rmt.serve": 7,
     "rmt.failures": 7,
     "rmt.cli": 7,
     "rmt.doctor": 7,
