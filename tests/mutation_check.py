@@ -36,10 +36,19 @@ OPTIM = ["tests/rmt/test_optim.py"]
 TRAIN = ["tests/rmt/test_train.py"]
 CODEC = ["tests/kernels/test_codec.py"]
 TASK = ["tests/rmt/test_checkpoint.py"]
+SERVE = ["tests/rmt/test_serve.py"]
+SERVE_TASKS = ["tests/rmt/test_serve_tasks.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
+    ("a removed task's rows are run", "rmt/serve/batching.py", "known = {*self.bank.tasks, BASE}",
+     "known = {task for job, row in batch for task in [job.rows[row][1]]}", SERVE_TASKS),
+    ("a batch runs over", "rmt/serve/batching.py", "else self.max_batch - len(batch)",
+     "else len(job.rows)", SERVE),
+    ("chunks are not counted", "rmt/serve/edge.py", "got += len(message.get(\"body\", b\"\"))", "got += 0", SERVE),
+    ("a link leads out", "rmt/serve/service.py",
+     "if folder.is_relative_to(root) and file.is_relative_to(root):", "if folder.is_relative_to(root):", SERVE_TASKS),
     ("threshold not strict", "rmt_kernels/reference.py",
      "_accurate(scores) > threshold", "_accurate(scores) >= threshold", REFERENCE),
     ("eps dropped", "rmt_kernels/reference.py", "b.abs() + GDR_EPS)", "b.abs() + 1e-30)", REFERENCE),
