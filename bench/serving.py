@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -249,6 +250,8 @@ def main() -> None:
         args.seconds, args.rounds = 1.0, 1
     if MIXED not in args.variants:
         parser.error(f"--variants must have {MIXED!r}")
+    # Without it a SIGTERM (`timeout`) would leave the servers running.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         made = make(Path(scratch), args.model, args.image_size, max(args.tasks), args.images)
