@@ -1,8 +1,11 @@
 """What is in a task, layer by layer, and what two tasks have in common. Plain rows, and text tables of them."""
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from .chance import holm, log10_at_least, log10_sum_at_least
 from .checkpoint import Task, count_on
 from .config import UserError
 
@@ -39,21 +42,76 @@ def inspect(task: Task) -> list[Row]:
 def diff(a: Task, b: Task) -> list[Row]:
     """A row for every mask of two tasks on one base model, and one of their total.
 
-    Keys: key, weights, both (off in both), only_a, only_b, jaccard (both / off in any; None where none is off) and
-    by_chance: how many would be off in both, on average, if each task had drawn as many of the layer's weights at
-    random, from all of them.
+    Keys: key, weights, selected (weights that could be switched off), both (off in both), only_a, only_b, by_chance:
+    how many would be off in both, on average, had each task drawn as many at random of the selected weights; lift
+    (both / by_chance), jaccard (both / off in any), log10_p: of the one-sided test whether so many or more would be off
+    in both by chance, and holm: the same after Holm's adjustment for the number of layers. lift and jaccard are None
+    where they would be 0 / 0. A layer's p is exact, the total's a saddlepoint approximation over independent layers:
+    see `rmt.chance`.
+
+    A file says how many weights were selected, not which. The test takes the smaller selection to lie in the larger,
+    and draws from the larger: exact for equal ones, and for others p errs to the large side only.
 
     Raises: UserError for tasks of other masks, shapes or base weights.
     """
-    _need_comparable(a, b)
-    rows = []
+    need_comparable(a, b)
+    rows, layers = [], []
     for key in _in_layer_order(a):
         n, k = a.shapes[key]
         off_a, off_b, both = a.off(key), b.off(key), n * k - count_on(a.bits[key] | b.bits[key])
+        # A file that says less than it has off is wrong, and no reason to fail.
+        population = max(off_a, off_b, *(task.selected.get(key, n * k) for task in (a, b)))
+        layers.append((population, off_a, off_b))
         counts = {"both": both, "only_a": off_a - both, "only_b": off_b - both}
-        rows.append({"key": key, "weights": n * k} | counts | {"by_chance": off_a * off_b / (n * k)})
-    rows.append({"key": TOTAL} | _sums(rows, ("weights", "both", "only_a", "only_b", "by_chance")))
-    return [row | {"jaccard": _jaccard(row)} for row in rows]
+        expected = off_a * off_b / max(population, 1)
+        rows.append({"key": key, "weights": n * k, "selected": population} | counts | {"by_chance": expected})
+    p = [log10_at_least(*layer, row["both"]) for layer, row in zip(layers, rows)]
+    total = _sums(rows, ("weights", "selected", "both", "only_a", "only_b", "by_chance"))
+    p.append(log10_sum_at_least(layers, total["both"]))
+    adjusted = [*holm(p[:-1]), None]
+    return [
+        row | {"lift": _lift(row), "jaccard": _jaccard(row), "log10_p": value, "holm": more}
+        for row, value, more in zip([*rows, {"key": TOTAL} | total], p, adjusted)
+    ]
+
+
+P_NOTE = (
+    "log10_p: one-sided, as many or more off in both if each task had drawn its weights at random; holm: adjusted for "
+    "the {} layers"
+)
+
+
+def matrix(tasks: Sequence[Task]) -> dict[str, Any]:
+    """How every two of some tasks overlap in all: names, and (T, T) lists of jaccard, lift and log10_p, as in `diff`.
+
+    On the diagonal jaccard is 1, the others None: a task with itself is no question. Raises: UserError, as `diff`.
+    """
+    size = len(tasks)
+    if size < 2:
+        raise UserError(f"an overlap is of two tasks or more, got {size}")
+    found = {name: [[1.0 if name == "jaccard" and i == j else None for j in range(size)] for i in range(size)]
+             for name in ("jaccard", "lift", "log10_p")}  # fmt: skip
+    for i, j in itertools.combinations(range(size), 2):
+        total = diff(tasks[i], tasks[j])[-1]
+        for name, table in found.items():
+            table[i][j] = table[j][i] = total[name]
+    return {"names": distinct_names(tasks)} | found
+
+
+def task_name(path: Path) -> str:
+    """What people call a task: its folder, or for a run's, the run."""
+    folder = path.parent if path.suffix == ".safetensors" else path
+    return (folder.parent.name if folder.name == "task" else "") or folder.name or str(path)
+
+
+def distinct_names(tasks: Sequence[Task]) -> list[str]:
+    """`task_name` of each, numbered where two would be the same."""
+    names = [task_name(task.path) for task in tasks]
+    return [f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _lift(row: Row) -> float | None:
+    return row["both"] / row["by_chance"] if row["by_chance"] else None
 
 
 def _in_layer_order(task: Task) -> list[str]:
@@ -73,7 +131,8 @@ def _jaccard(row: Row) -> float | None:
     return row["both"] / union if union else None
 
 
-def _need_comparable(a: Task, b: Task) -> None:
+def need_comparable(a: Task, b: Task) -> None:
+    """Raises UserError for tasks of other masks, shapes or base weights."""
     hashes = f"base weights with sha256 {a.base_sha256} ({a.path}) and {b.base_sha256} ({b.path})"
     if odd := sorted(key for key in {*a.shapes, *b.shapes} if a.shapes.get(key) != b.shapes.get(key)):
         was = f"{odd[0]} is {a.shapes.get(odd[0], 'missing')} and {b.shapes.get(odd[0], 'missing')}"
@@ -92,11 +151,21 @@ def format_rows(rows: Sequence[Row]) -> str:
     return "\n".join(line.rstrip() for line in [lines[0], rule, *body])
 
 
+def format_matrix(names: Sequence[str], table: Sequence[Sequence[float | None]], digits: int) -> str:
+    """A text table with the names at both sides; - where there is no number."""
+    cells = [["", *names]] + [
+        [name, *("-" if value is None else f"{value:,.{digits}f}" for value in row)] for name, row in zip(names, table)
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names) + 1)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def _text(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, tuple):
         return " x ".join(map(str, value))
     if isinstance(value, float):
-        return f"{value:.3f}" if name == "jaccard" else f"{value:.2f}"
+        return f"{value:.3f}" if name == "jaccard" else f"{value:,.2f}"
     return f"{value:,}" if isinstance(value, int) else value

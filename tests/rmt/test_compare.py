@@ -1,12 +1,18 @@
+import functools
 import json
+import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.stats import hypergeom
 
 import rmt_kernels as rk
+from rmt.chance import holm, log10_at_least, log10_sum_at_least
 from rmt.checkpoint import load_task, save_task
-from rmt.compare_tasks import diff, facts, format_rows, inspect
+from rmt.cli import main
+from rmt.compare_tasks import diff, distinct_names, facts, format_matrix, format_rows, inspect, matrix, task_name
 from rmt.config import MaskConfig, RunConfig, UserError
 from rmt.masking import apply_masks
 
@@ -67,12 +73,130 @@ def test_diff_counts_the_overlap(tmp_path):
     a, b = task(tmp_path / "a", range(100)), task(tmp_path / "b", range(60, 300))
     row, *others, total = diff(a, b)
     assert row == {
-        "key": CONV, "weights": 12288, "both": 40, "only_a": 60, "only_b": 200, "by_chance": 100 * 240 / 12288,
-        "jaccard": 40 / 300,
+        "key": CONV, "weights": 12288, "selected": 12288, "both": 40, "only_a": 60, "only_b": 200,
+        "by_chance": 100 * 240 / 12288, "lift": 40 * 12288 / 24000, "jaccard": 40 / 300,
+        "log10_p": pytest.approx(hypergeom.logsf(39, 12288, 100, 240) / math.log(10), rel=1e-8),
+        "holm": pytest.approx(hypergeom.logsf(39, 12288, 100, 240) / math.log(10) + math.log10(5), rel=1e-8),
     }  # fmt: skip
-    assert all(o["both"] == o["only_a"] == o["by_chance"] == 0 and o["jaccard"] is None for o in others)
-    assert total == row | {"key": "total", "weights": total["weights"]} and total["weights"] == 45056
-    assert diff(a, a)[0]["jaccard"] == 1
+    assert all(o["both"] == o["only_a"] == o["by_chance"] == 0 and o["jaccard"] is o["lift"] is None for o in others)
+    assert all(o["log10_p"] == o["holm"] == 0 for o in others), "what cannot be otherwise is certain"
+    sizes = {"key": "total", "weights": 45056, "selected": 45056, "holm": None}
+    assert total == row | sizes, "one layer alone differs, and is all of the total"
+    assert diff(a, a)[0]["jaccard"] == 1 and diff(a, a)[0]["lift"] == pytest.approx(12288 / 100)
+
+
+def test_chance_is_over_what_was_selected(tmp_path):
+    """With a population of all weights two draws from one selection would seem to agree far beyond chance."""
+    chosen = torch.zeros(64, 192, dtype=torch.bool)
+    chosen[:10] = True
+    tasks = []
+    for name, rows in (("a", 10), ("b", 10), ("c", 20)):
+        found = apply_masks(tiny.model(), MaskConfig())
+        chosen[:rows] = True
+        found[0].module.select("", rk.pack_bits(chosen))
+        off = torch.rand(chosen.shape, generator=torch.Generator().manual_seed(len(tasks))) < 0.3
+        found[0].set_bits(rk.pack_bits(~(off & chosen)))
+        save_task(tmp_path / name, found)
+        tasks.append(load_task(tmp_path / name))
+    row = diff(tasks[0], tasks[1])[0]
+    off_a, off_b = (t.off(CONV) for t in tasks[:2])
+    assert row["selected"] == 1920 and row["by_chance"] == off_a * off_b / 1920 and 0.8 < row["lift"] < 1.2
+    assert row["log10_p"] == pytest.approx(hypergeom.logsf(row["both"] - 1, 1920, off_a, off_b) / math.log(10))
+    assert row["log10_p"] > -2 > hypergeom.logsf(row["both"] - 1, 12288, off_a, off_b)
+    assert diff(tasks[0], tasks[2])[0]["selected"] == diff(tasks[2], tasks[0])[0]["selected"] == 3840
+
+
+def test_one_layers_tail_is_that_of_scipy_far_out_too():
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        n = int(rng.integers(1, 4000))
+        a, b = (int(v) for v in rng.integers(0, n + 1, 2))
+        both = int(rng.integers(max(0, a + b - n), min(a, b) + 1))
+        want = hypergeom.logsf(both - 1, n, a, b) / math.log(10)
+        assert log10_at_least(n, a, b, both) == pytest.approx(want, rel=1e-7, abs=1e-9), (n, a, b, both)
+    # A layer of ViT-B at 2.5 % off: p far below what a float holds, and the wide middle.
+    for both in (1, 1400, 1526, 1530, 1700, 5000, 60000):
+        want = hypergeom.logsf(both - 1, 2359296, 60000, 60000) / math.log(10)
+        assert log10_at_least(2359296, 60000, 60000, both) == pytest.approx(want, rel=1e-6, abs=1e-9), both
+    assert log10_at_least(10, 4, 5, 6) == -math.inf and log10_at_least(10, 8, 8, 6) == 0 == log10_at_least(0, 0, 0, 0)
+    with pytest.raises(ValueError, match="need 0 <= a, b <= n"):
+        log10_at_least(10, 11, 3, 2)
+
+
+def test_the_totals_tail_is_near_the_exact_convolution():
+    rng = np.random.default_rng(1)
+    seen = 0
+    for trial in range(400):
+        sizes = rng.integers(20, 600, rng.integers(2, 6))
+        layers = [(int(n), int(rng.integers(1, n)), int(rng.integers(1, n))) for n in sizes]
+        low = sum(max(0, a + b - n) for n, a, b in layers)
+        high = sum(min(a, b) for n, a, b in layers)
+        p = functools.reduce(np.convolve, [
+            hypergeom.pmf(np.arange(max(0, a + b - n), min(a, b) + 1), n, a, b) for n, a, b in layers
+        ])  # fmt: skip
+        near = round(float(np.arange(low, high + 1) @ p)) + int(rng.integers(-4, 5))
+        both = min(max(near, low + 1), high) if trial % 2 else int(rng.integers(low, high)) + 1
+        exact = p[both - low :].sum()
+        if exact > 1e-290:
+            seen += 1
+            assert log10_sum_at_least(layers, both) == pytest.approx(math.log10(exact), abs=0.05), (layers, both)
+    assert seen > 300
+    assert log10_sum_at_least([(9, 3, 3), (5, 2, 2)], 6) == -math.inf and log10_sum_at_least([(9, 3, 3)] * 2, 0) == 0
+    # A layer without freedom only shifts the sum.
+    assert log10_sum_at_least([(9, 4, 3), (7, 7, 5)], 7) == log10_at_least(9, 4, 3, 2)
+    # Far beyond a float's range, above and near the exact sum of its most likely split.
+    layer, both = (2359296, 60000, 60000), 5000
+    assert 0 < log10_sum_at_least([layer] * 49, 49 * both) / (49 * log10_at_least(*layer, both)) < 1
+
+
+def test_holm_is_a_step_down():
+    assert holm([-1.0, -5.0, -3.0, 0.0]) == pytest.approx(
+        [-1 + math.log10(2), -5 + math.log10(4), -3 + math.log10(3), 0]
+    )
+    assert holm([-2.0, -2.05]) == pytest.approx([-2.05 + math.log10(2)] * 2), "never below an earlier one"
+    assert holm([-0.1]) == [-0.1] and holm([]) == []
+
+
+def test_chance_finds_what_is_shared_and_nothing_else(tmp_path):
+    def off(seed, shared):
+        own = torch.randperm(12288, generator=torch.Generator().manual_seed(seed))[:900]
+        return sorted({*own.tolist(), *range(shared)})
+
+    a, b, c = (task(tmp_path / str(seed), off(seed, shared)) for seed, shared in ((1, 200), (2, 200), (3, 0)))
+    assert diff(a, b)[-1]["log10_p"] < -20 and diff(a, c)[-1]["log10_p"] > -3
+    found = matrix([a, b, c])
+    assert found["names"] == ["1", "2", "3"]
+    for name in ("jaccard", "lift", "log10_p"):
+        table = found[name]
+        assert table[0][1] == table[1][0] == diff(a, b)[-1][name] and table[2][1] == diff(b, c)[-1][name]
+        assert all(table[i][i] == (1 if name == "jaccard" else None) for i in range(3))
+    assert found["lift"][0][1] > 2 and 0.7 < found["lift"][0][2] < 1.3
+    assert json.loads(json.dumps(found)) == found
+    with pytest.raises(UserError, match="two tasks or more, got 1"):
+        matrix([a])
+    text = format_matrix(found["names"], found["lift"], 2)
+    assert text.splitlines()[1].split() == ["1", "-", f"{found['lift'][0][1]:.2f}", f"{found['lift'][0][2]:.2f}"]
+
+
+def test_tasks_are_called_by_their_folders(tmp_path):
+    assert task_name(tmp_path / "runs" / "pets" / "task" / "mask.safetensors") == "pets"
+    assert task_name(tmp_path / "pets" / "mask.safetensors") == "pets"
+    same = [task(tmp_path / part / "pets") for part in "ab"]
+    assert distinct_names([*same, task(tmp_path / "c")]) == ["pets (1)", "pets (2)", "c"]
+
+
+def test_the_command_prints_two_by_layer_and_more_as_a_matrix(tmp_path, capsys):
+    for i in range(3):
+        task(tmp_path / f"t{i}", range(40 * i, 40 * i + 100))
+    paths = [str(tmp_path / f"t{i}") for i in range(3)]
+    assert main(["diff", *paths[:2]]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[-4:] == ["lift", "jaccard", "log10_p", "holm"] and "one-sided" in out
+    assert main(["diff", *paths, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["jaccard"][0][1] == 60 / 140
+    assert main(["diff", *paths]) == 0
+    assert {"jaccard:", "lift:", "log10_p:"} <= set(capsys.readouterr().out.split())
+    assert main(["diff", paths[0]]) == 2 and "two tasks or more" in capsys.readouterr().err
 
 
 def test_random_masks_overlap_as_by_chance(tmp_path):
@@ -102,5 +226,5 @@ def test_tables_line_up(tmp_path):
     assert lines[2].split() == [CONV, "64", "x", "192", "12,288", "12,288", "1,229", "1,536", size, "10.00"]
     assert lines[-1].split() == ["total", "-", "45,056", "45,056", "1,229", "5,632", str(int(size) + 4 * 36), "2.73"]
     assert lines[1] == lines[-2] == "-" * len(lines[0]) and {len(line) for line in lines} == {len(lines[0])}
-    assert format_rows(diff(a, b)).splitlines()[-1].split()[-1] == f"{240 / 1229:.3f}"
-    assert format_rows(diff(a, b)).splitlines()[3].split()[-1] == "-"
+    assert format_rows(diff(a, b)).splitlines()[-1].split()[-3] == f"{240 / 1229:.3f}"
+    assert format_rows(diff(a, b)).splitlines()[3].split()[-4:] == ["-", "-", "0.00", "0.00"]
