@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from . import plan_command as planning
 from . import run_commands as runs
+from . import share_commands as share
 from . import task_commands as tasks
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
 from .serve import command as serving
@@ -133,8 +134,12 @@ COMMANDS = {
     "data list": Command("The data sets that rmt knows, and where it expects them.", _json_option, _data_list),
     "data check": Command("What is missing from a folder of data sets.", _data_check_options, _data_check),
     "inspect": Command("What is in a task, layer by layer.", tasks.inspect_options, tasks.inspect),
-    "diff": Command("What two tasks have in common, layer by layer.", tasks.diff_options, tasks.diff),
+    "diff": Command("What two tasks have in common, layer by layer; how more of them overlap.",
+                    tasks.diff_options, tasks.diff),
+    "compose": Command("Make one task of several: union, intersection, difference, vote.",
+                       share.compose_options, share.compose),
     "merge": Command("Write a task and its model as a plain open_clip model.", tasks.merge_options, tasks.merge),
+    "push": Command("Push a task to the Hugging Face hub.", share.push_options, share.push),
     "convert from-official": Command("Make a run folder of a checkpoint of the official R-AMT code.",
                                      runs.from_official_options, runs.from_official, run=True),
     "convert to-official": Command("Write a task as a checkpoint of the official R-AMT code.",

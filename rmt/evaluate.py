@@ -17,6 +17,7 @@ from . import clip
 from .checkpoint import MASK_FILE, Task, load_task
 from .config import RunConfig, UserError, build, from_yaml, resolve
 from .data import Cache, Split, eval_batches, few_shot, read, subset
+from .hub_id import task_source
 from .masked import Mask
 from .measures import Accuracy, accuracy
 from .model import MaskModel, get_mask_model
@@ -122,9 +123,9 @@ def read_config(folder: str | Path) -> RunConfig:
 
 
 def task_path(folder: str | Path) -> Path:
-    """The task folder of a run folder; any other path is taken for a task's own."""
+    """The task folder of a run folder; any other path is taken for a task's own, and user/name for one on the hub."""
     inside = Path(folder) / TASK_FOLDER
-    return inside if inside.is_dir() else Path(folder)
+    return inside if inside.is_dir() else task_source(folder)
 
 
 def read_run(folder: str | Path, **changed: Any) -> tuple[RunConfig, Task]:
@@ -138,7 +139,9 @@ def read_run(folder: str | Path, **changed: Any) -> tuple[RunConfig, Task]:
     task = load_task(path)
     if not (changed.get("model") or task.model):
         raise UserError(f"{task.path} does not say which base model it is for: it must be given")
-    values = task.config | {"model": task.model, "pretrained": task.pretrained, "template": task.template}
+    # A composed task's config says what it was made of, which is no field of a run's.
+    values = {name: value for name, value in task.config.items() if name != "composed"}
+    values |= {"model": task.model, "pretrained": task.pretrained, "template": task.template}
     return build(RunConfig, values | changed, f"the config of {task.path}"), task
 
 

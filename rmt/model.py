@@ -4,12 +4,13 @@ model = rmt.get_mask_model(open_clip_model, rmt.MaskConfig())
 model.print_trainable_parameters()
 ...                                         # train: model.encode_image(...), rmt.backward, rmt.MaskAdam(model)
 model.save_pretrained("task")
-model = rmt.MaskModel.from_pretrained(open_clip_model, "task")
+model = rmt.MaskModel.from_pretrained(open_clip_model, "task")             # or the hub's "user/name"
 plain = model.merge_and_unload()
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import Task, apply_task, load_task, save_task
 from .config import MaskConfig, RunConfig, build
+from .hub_id import task_source
 from .masked import Mask, disabled, masks
 from .masking import apply_keys, apply_masks, remove_masks
 
@@ -96,13 +98,40 @@ class MaskModel(nn.Module):
         """Writes the task folder. config: of the run that tuned the masks. Raises OSError where it cannot."""
         return save_task(folder, self.masks, tuple(classnames), config, template=template)
 
+    def push_to_hub(
+        self, repo_id: str, *, classnames: Sequence[str] = (), template: str | None = None,
+        config: RunConfig | None = None, numbers: Mapping[str, float | str] | None = None, **options: Any,
+    ) -> str:  # fmt: skip
+        """Pushes the task to the hub's user/name, which is made where it is missing. Returns the commit's address.
+
+        Args:
+            classnames, template, config: as for `save_pretrained`. numbers: rows of the card.
+            options: huggingface_hub's: private, token, branch, commit_message, create_pr.
+
+        Raises: UserError where the id is none, or the hub refuses or cannot be reached; no commit is made then.
+        """
+        from .hub import HubTask
+
+        with tempfile.TemporaryDirectory() as folder:
+            task = save_task(folder, self.masks, tuple(classnames), config, template, numbers)
+            return HubTask.of(task.path.parent).push_to_hub(repo_id, **options)
+
     @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | Path, allow_base_mismatch: bool = False) -> "MaskModel":
-        """`model`, plain so far, with the masks of a task folder or file.
+    def from_pretrained(
+        cls, model: nn.Module, folder: str | Path, allow_base_mismatch: bool = False, **hub: Any
+    ) -> "MaskModel":
+        """`model`, plain so far, with the masks of a task folder or file, or of the hub's user/name[@revision].
+
+        hub: options of `rmt.hub.resolve`: revision, token, cache_dir, local_files_only, force_download.
 
         Raises: UserError where the task is missing, damaged or, unless allowed, of another base model.
         """
-        task = load_task(folder)
+        if hub:
+            from .hub import resolve
+
+            task = load_task(resolve(folder, **hub))
+        else:
+            task = load_task(task_source(folder))
         saved = (task.config or {}).get("mask")
         config = MaskConfig() if saved is None else build(MaskConfig, saved, f"the mask config of {folder}")
         apply_task(task, apply_keys(model, task.shapes, config), allow_base_mismatch=allow_base_mismatch)

@@ -8,10 +8,12 @@ from .config import UserError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+TASK = "task folder, run folder, or user/name[@revision] on the hub"
+
 
 def inspect_options(parser: "ArgumentParser") -> None:
     """Of inspect."""
-    parser.add_argument("task", type=str, metavar="TASK", help="task folder or run folder")
+    parser.add_argument("task", type=str, metavar="TASK", help=TASK)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -38,24 +40,37 @@ def inspect(args: "Namespace") -> None:
 
 def diff_options(parser: "ArgumentParser") -> None:
     """Of diff."""
-    parser.add_argument("a", type=str, metavar="A", help="task folder or run folder")
-    parser.add_argument("b", type=str, metavar="B", help="another one, on the same base model")
+    parser.add_argument("tasks", type=str, nargs="+", metavar="TASK", help=f"two or more, on one base model: {TASK}")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
 def diff(args: "Namespace") -> None:
-    """Prints what two tasks switch off in common."""
+    """Prints what two tasks switch off in common, layer by layer; of more, how every two of them overlap."""
     from .checkpoint import load_task
-    from .compare_tasks import diff, format_rows
+    from .compare_tasks import P_NOTE, diff, format_matrix, format_rows, matrix
     from .evaluate import task_path
 
-    rows = diff(*(load_task(task_path(path)) for path in (args.a, args.b)))
-    print(json.dumps({"masks": rows}, indent=2) if args.json else format_rows(rows))
+    tasks = [load_task(task_path(path)) for path in args.tasks]
+    if len(tasks) == 2:
+        rows = diff(*tasks)
+        text = f"{format_rows(rows)}\n{P_NOTE.format(len(rows) - 1)}"
+        print(json.dumps({"masks": rows}, indent=2) if args.json else text)
+        return
+    found = matrix(tasks)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    for name, about, digits in (
+        ("jaccard", "off in both / off in any", 3),
+        ("lift", "off in both / so many by chance", 2),
+        ("log10_p", "so many or more by chance, one-sided", 2),
+    ):
+        print(f"{name}: {about}\n{format_matrix(found['names'], found[name], digits)}\n")
 
 
 def _base_options(parser: "ArgumentParser") -> None:
     add = parser.add_argument
-    add("task", type=str, metavar="TASK", help="task folder or run folder")
+    add("task", type=str, metavar="TASK", help=TASK)
     add("--model", type=str, help="base model, as for rmt train (default: as the task names it)")
     add("--pretrained", type=str, help="its weights: a tag or a file")
     add("--allow-base-mismatch", action="store_true", help="use the masks on other base weights than they are made for")

@@ -32,6 +32,7 @@ FLOORS = {
     "rmt.commands": 7,
     "rmt.task_commands": 7,
     "rmt.run_commands": 7,
+    "rmt.share_commands": 7,
     "rmt.plan_command": 7,
     "rmt.serve": 7,
     "rmt.failures": 7,
