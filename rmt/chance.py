@@ -119,7 +119,7 @@ def _log_normal_tail(z: float) -> float:
 
 
 def _solve(layers: Sequence[Layer], both: int) -> float:
-    """The tilt t under which the mean of the sum is `both`: Newton's steps, kept between what is known to enclose it."""
+    """The tilt t under which the sum's mean is `both`: Newton's steps, kept between what is known to enclose it."""
     low, high, t = -math.inf, math.inf, 0.0
     for _ in range(200):
         _, mean, variance = _cumulants(layers, t)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from . import plan_command as planning
@@ -11,6 +13,7 @@ from . import run_commands as runs
 from . import share_commands as share
 from . import task_commands as tasks
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
+from .hub_id import is_id
 from .serve import command as serving
 
 if TYPE_CHECKING:
@@ -90,15 +93,19 @@ def _data_check(args: "Namespace") -> int:
 
 
 def _report_options(parser: "ArgumentParser") -> None:
-    parser.add_argument("run", type=str, metavar="RUN", help="folder that rmt train wrote")
-    parser.add_argument("--out", type=str, help="HTML file to write (default: RUN/report.html)")
+    about = "folder that rmt train wrote, or a task; of two or more on one base model the page shows the overlap"
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN_OR_TASK", help=about)
+    parser.add_argument(
+        "--out", type=str, help="HTML file to write (default: RUN/report.html; of several, report.html)"
+    )
 
 
 def _report(args: "Namespace") -> None:
-    from .report import report_run
+    from .report import report_tasks
 
-    out = args.out or f"{args.run}/report.html"
-    print(f"report     {report_run(args.run, out, f'rmt report {args.run} --out {out}')}")
+    one = len(args.runs) == 1 and not is_id(args.runs[0])
+    out = args.out or (f"{args.runs[0]}/report.html" if one or Path(args.runs[0]).is_dir() else "report.html")
+    print(f"report     {report_tasks(args.runs, out, f'rmt report {shlex.join(args.runs)} --out {out}')}")
 
 
 def _demo_options(parser: "ArgumentParser") -> None:

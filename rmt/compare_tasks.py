@@ -11,6 +11,10 @@ from .config import UserError
 
 Row = dict[str, Any]
 TOTAL = "total"
+P_NOTE = (
+    "log10_p: one-sided, as many or more off in both if each task had drawn its weights at random; holm: adjusted for "
+    "the {} layers"
+)
 
 
 def facts(task: Task) -> Row:
@@ -75,12 +79,6 @@ def diff(a: Task, b: Task) -> list[Row]:
     ]
 
 
-P_NOTE = (
-    "log10_p: one-sided, as many or more off in both if each task had drawn its weights at random; holm: adjusted for "
-    "the {} layers"
-)
-
-
 def matrix(tasks: Sequence[Task]) -> dict[str, Any]:
     """How every two of some tasks overlap in all: names, and (T, T) lists of jaccard, lift and log10_p, as in `diff`.
 
@@ -143,7 +141,7 @@ def need_comparable(a: Task, b: Task) -> None:
 
 def format_rows(rows: Sequence[Row]) -> str:
     """A text table of rows with the same keys: names to the left, numbers to the right, the total under a line."""
-    cells = [list(rows[0])] + [[_text(name, value) for name, value in row.items()] for row in rows]
+    cells = [list(rows[0])] + [[cell_text(name, value) for name, value in row.items()] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) for row in cells]
     rule = "-" * len(lines[0])
@@ -161,7 +159,8 @@ def format_matrix(names: Sequence[str], table: Sequence[Sequence[float | None]],
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _text(name: str, value: Any) -> str:
+def cell_text(name: str, value: Any) -> str:
+    """One cell of a row, as text tables and pages show it."""
     if value is None:
         return "-"
     if isinstance(value, tuple):

@@ -128,6 +128,34 @@ def confusion(counts: Sequence[Sequence[int]], classnames: Sequence[str]) -> str
     return draw(paint, side, side)
 
 
+def overlap(names: Sequence[str], jaccard: Sequence[Sequence], lift: Sequence[Sequence]) -> str:
+    """Two (T, T) tables as shades with their numbers: shades of one hue, told apart in print and by anyone's eyes."""
+    panels = {"off in both / off in any": (jaccard, "{:.2f}"), "off in both / so many by chance": (lift, "{:.1f}")}
+
+    def paint(figure: "Figure") -> None:
+        for axes, (title, (table, form)) in zip(figure.subplots(1, 2), panels.items()):
+            shown = np.array([[np.nan if value is None else value for value in row] for row in table], dtype=float)
+            np.fill_diagonal(shown, np.nan)
+            # Lifts are ratios: their logarithm is what looks even.
+            shade = np.log1p(shown) if table is lift else shown
+            top = np.nanmax(shade) if np.isfinite(shade).any() else 1.0
+            # The page may be dark: the diagonal and what has no number bring a ground of their own.
+            axes.set_facecolor("#e6e9ec")
+            axes.imshow(shade, cmap="Blues", vmin=0, vmax=top or 1.0)
+            axes.spines[:].set_visible(False)
+            axes.set(title=title)
+            axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+            axes.set_yticks(range(len(names)), names)
+            axes.tick_params(length=0)
+            for (i, j), value in np.ndenumerate(shown):
+                if np.isfinite(value):
+                    colour = "white" if shade[i, j] > 0.55 * top else "#1c2733"
+                    axes.text(j, i, form.format(value), ha="center", va="center", fontsize=8, color=colour)
+
+    side = min(9, 2.0 + 0.5 * len(names))
+    return draw(paint, 2.1 * side, side)
+
+
 def examples(images: Sequence[np.ndarray], titles: Sequence[str], right: Sequence[bool]) -> str:
     """A row of pictures, (H, W, 3) uint8 each, with what was predicted; wrong ones in orange."""
     columns = min(10, len(images))

@@ -94,14 +94,12 @@ def _reason(name: str, error: Exception) -> str:
     if isinstance(error, utils.GatedRepoError):
         return f"the hub's repository {name} is gated: ask for access on its page, and log in (hf auth login)"
     if isinstance(error, utils.RepositoryNotFoundError):
-        return (
-            f"{EXPECTED}, but there is nothing at {name}, and the hub has no such repository, or none that you may see"
-        )
+        return f"{EXPECTED}, but nothing is at {name}, and the hub has no such repository, or none that you may see"
     if isinstance(error, utils.RevisionNotFoundError):
         return f"the hub's repository {name} has no such revision: {detail}"
     if isinstance(error, utils.LocalEntryNotFoundError):
         return (
-            f"{EXPECTED}, but there is nothing at {name}; as a hub id it is not in the local cache, and the hub cannot "
+            f"{EXPECTED}, but nothing is at {name}; as a hub id it is not in the local cache, and the hub cannot "
             f"be reached, or was not to be asked: {detail}"
         )
     if isinstance(error, utils.EntryNotFoundError):

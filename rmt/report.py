@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run or the demo: tables, figures inside, provenance; no script, no link."""
+"""One self-contained HTML page: a run, tasks and how they overlap, or the demo; figures inside, no script, no link."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import figures
-from .checkpoint import load_task, write_whole
+from .checkpoint import Task, load_task, write_whole
+from .compare_tasks import P_NOTE, cell_text, diff, distinct_names, matrix
 from .config import UserError
+from .evaluate import task_path
 
 TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -133,6 +135,65 @@ def report_run(folder: str | Path, out: str | Path, command: str = "") -> Path:
     )
     sections = [Section("Accuracy on the test images", table=headline), *run_sections(folder, {"this run": rows})]
     return write_report(out, f"Mask tuning on {result['dataset']}", lead, sections, provenance(result, command))
+
+
+def report_tasks(paths: Sequence[str | Path], out: str | Path, command: str = "") -> Path:
+    """Writes the page about tasks and runs of one base model to `out`: what they are, how their masks overlap.
+
+    paths: task folders, run folders or hub ids; one finished run alone is `report_run`'s. Runs' own sections follow.
+
+    Raises: UserError where a task is missing or damaged, or of another base model than the others.
+    """
+    runs = [Path(path) for path in paths if (Path(path) / "result.json").is_file()]
+    if len(paths) == 1 and (runs or Path(paths[0], "config.yaml").is_file()):
+        return report_run(paths[0], out, command)
+    tasks = [load_task(task_path(path)) for path in paths]
+    names = distinct_names(tasks)
+    sections = [Section("Tasks", table=_task_table(paths, tasks, names))]
+    if len(tasks) > 1:
+        sections += _overlap(tasks, names)
+    else:
+        pictures = Figure(figures.masks(tasks[0].bits, tasks[0].shapes), MASKS_CAPTION)
+        sections.append(Section("Masks", figures=[pictures]))
+    for path, name in zip(paths, names):
+        if Path(path) in runs:
+            found = run_sections(path, {name: read_metrics(path)})
+            sections += [section._replace(title=f"{name}: {section.title.lower()}") for section in found]
+    first = tasks[0]
+    weights = sum(n * k for n, k in first.shapes.values())
+    lead = f"{len(tasks)} task{'s'[: len(tasks) > 1]} on one base model, {weights:,} masked weights."
+    named = {"command": command, "model": first.model, "pretrained": first.pretrained, "base_sha256": first.base_sha256}
+    hashes = {f"bits_sha256 of {name}": task.bits_sha256 for name, task in zip(names, tasks)}
+    said = {key: str(value) for key, value in (named | hashes).items() if value}
+    return write_report(out, "Tuned masks" if len(tasks) == 1 else "How tuned masks overlap", lead, sections, said)
+
+
+def _task_table(paths: Sequence[str | Path], tasks: Sequence[Task], names: Sequence[str]) -> Table:
+    rows = []
+    for path, task, name in zip(paths, tasks, names):
+        result = read_result(path) if (Path(path) / "result.json").is_file() else None
+        measured = ("-", "-") if result is None else [f"{result[of]['acc1']:.2f}" for of in ("zero_shot", "metrics")]
+        off, weights = sum(map(task.off, task.shapes)), sum(n * k for n, k in task.shapes.values())
+        rows.append((name, f"{len(task.classnames)}", f"{off:,}", f"{100 * off / weights:.2f}", *measured))
+    return Table(("", "classes", "weights off", "%", "zero-shot top-1, %", "tuned top-1, %"), rows)
+
+
+def _overlap(tasks: Sequence[Task], names: Sequence[str]) -> list[Section]:
+    found = matrix(tasks)
+    caption = (
+        "Every two tasks. Left: weights off in both, as a share of those off in any; right: as a multiple of how many "
+        "would be off in both if each task had drawn its weights at random."
+    )
+    shown = Figure(figures.overlap(names, found["jaccard"], found["lift"]), caption)
+    rows = [[name, *("-" if p is None else f"{p:.1f}" for p in row)] for name, row in zip(names, found["log10_p"])]
+    text = "log10 of the chance that as many or more would be off in both: one-sided, all layers together."
+    sections = [Section("Overlap", figures=[shown]), Section("Against chance", text, Table(("", *names), rows))]
+    if len(tasks) == 2:
+        layers = [{name: cell for name, cell in row.items() if name != "selected"} for row in diff(*tasks)]
+        cells = [[figures.short(row["key"]), *(cell_text(*item) for item in list(row.items())[1:])] for row in layers]
+        note = P_NOTE.format(len(layers) - 1) + "."
+        sections.append(Section("Layer by layer", note, Table(("", *list(layers[0])[1:]), cells, len(layers) - 1)))
+    return sections
 
 
 def run_sections(folder: str | Path, curves: Mapping[str, Sequence[Mapping]]) -> list[Section]:

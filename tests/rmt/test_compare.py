@@ -150,9 +150,8 @@ def test_the_totals_tail_is_near_the_exact_convolution():
 
 
 def test_holm_is_a_step_down():
-    assert holm([-1.0, -5.0, -3.0, 0.0]) == pytest.approx(
-        [-1 + math.log10(2), -5 + math.log10(4), -3 + math.log10(3), 0]
-    )
+    want = [-1 + math.log10(2), -5 + math.log10(4), -3 + math.log10(3), 0]
+    assert holm([-1.0, -5.0, -3.0, 0.0]) == pytest.approx(want)
     assert holm([-2.0, -2.05]) == pytest.approx([-2.05 + math.log10(2)] * 2), "never below an earlier one"
     assert holm([-0.1]) == [-0.1] and holm([]) == []
 

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from test_compare import task
 
 import rmt_kernels as rk
 from rmt import figures
+from rmt.cli import main
+from rmt.compare_tasks import diff
 from rmt.config import RunConfig, TrainConfig, UserError
-from rmt.report import Figure, Section, Table, report_run, write_report
+from rmt.report import Figure, Section, Table, report_run, report_tasks, write_report
 from rmt.run import run
 
 ELSEWHERE = re.compile(r'(?:src|href|action|srcset)="(?!data:)|url\(|@import|<script|<link|<iframe')
@@ -84,3 +87,56 @@ def test_a_run_that_is_not_finished_or_is_damaged_is_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"result.json is damaged"):
         report_run(tmp_path, tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def inked(svg):
+    """How many shapes are drawn: a blank figure has its two grounds and no more."""
+    return len(re.findall(rb"<(?:path|image|use)", svg))
+
+
+def test_several_tasks_are_one_page_with_their_overlap(folder, tmp_path):
+    others = [task(tmp_path / name, off) for name, off in (("cats", range(100)), ("dogs", range(60, 300)))]
+    task(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="must be of one base model"):
+        report_tasks([folder, tmp_path / "other"], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+    page = report_tasks([t.path.parent for t in others], tmp_path / "r.html", "rmt report A B").read_text()
+    (kind, svg), *rest = images(page)
+    assert kind == "svg+xml" and not rest and inked(svg) > 20
+    # Letters become paths: numbers are looked for where they are text, in the tables.
+    assert f"{40 / 300:.3f}" in page and f"{40 * 12288 / 24000:.2f}" in page and "Layer by layer" in page
+    assert others[0].bits_sha256 in page and "rmt report A B" in page and "one-sided" in page
+    assert not ELSEWHERE.search(page)
+    three = [*others, task(tmp_path / "birds", range(250, 400))]
+    page = report_tasks([t.path.parent for t in three], tmp_path / "r.html").read_text()
+    assert "Layer by layer" not in page and inked(images(page)[0][1]) > inked(svg)
+    assert page.count("<td>birds</td>") == 2 and f"{diff(*three[1:])[-1]['log10_p']:.1f}" in page
+
+
+def test_runs_bring_their_own_sections_and_a_task_alone_its_masks(folder, tmp_path):
+    page = report_tasks([folder, folder / "task"], tmp_path / "r.html").read_text()
+    kinds = [kind for kind, _ in images(page)]
+    assert kinds == ["svg+xml", "svg+xml", "png", "svg+xml", "svg+xml"], "overlap, then the run's own"
+    accuracy = json.loads((folder / "result.json").read_text())["metrics"]["acc1"]
+    assert f"<td>{accuracy:.2f}</td>" in page and "run (1): confusion matrix" in page and "<td>run (2)</td>" in page
+    assert [kind for kind, _ in images(report_tasks([folder / "task"], tmp_path / "t.html").read_text())] == ["png"]
+    one = report_tasks([folder], tmp_path / "one.html", "x").read_bytes()
+    assert one == report_run(folder, tmp_path / "two.html", "x").read_bytes()
+
+
+def test_the_overlap_is_drawn_in_shades_of_one_hue_with_its_numbers():
+    pixels = {}
+    for name, lift in (("high", 30.0), ("low", 0.0)):
+        table = [[None, lift, 1.0], [lift, None, None], [1.0, None, None]]
+        jaccard = [[1.0, 0.5, 0.0], [0.5, 1.0, None], [0.0, None, 1.0]]
+        pixels[name] = base64.b64decode(figures.overlap(["a", "b", "<c>"], jaccard, table).partition(",")[2])
+        assert inked(pixels[name]) > 20 and b"<c>" not in pixels[name]
+    assert pixels["high"] != pixels["low"]
+
+
+def test_the_command_takes_several(folder, tmp_path, capsys):
+    out = tmp_path / "r.html"
+    assert main(["report", str(folder), str(folder / "task"), "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out and "rmt report " in out.read_text()
+    assert main(["report", str(folder), str(tmp_path / "none"), "--out", str(tmp_path / "no.html")]) == 2
+    assert not (tmp_path / "no.html").exists()
