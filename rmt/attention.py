@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .masked import INIT, THRESHOLD, MaskedModule
 from .modules import FusedMaskedLinear, add_masks, mask_by_weight, need_plain, turned_into
+from .stacking import guarded
 
 
 class PackedAttention(nn.MultiheadAttention):
@@ -77,6 +78,7 @@ class FusedMaskedMultiheadAttention(MaskedModule, PackedAttention):
     """
 
     mask_prefixes = ("in_proj_",)
+    in_proj_weight = guarded("in_proj_")
 
     def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -247,10 +247,11 @@ class Mask:
 def masks(model: nn.Module) -> list[Mask]:
     """Every masked weight of a model, in module order; the position is its random stream in `rmt.backward`.
 
-    A weight of which nothing is selected has no scores, and is none of them. A wrapper names its model `mask_root`.
+    A weight of which nothing is selected has no scores, and is none of them. A wrapper names its model `mask_root`. An
+    adapter of peft's holds what it wraps as `base_layer`; keys are the plain model's all the same.
     """
     return [
-        Mask(f"{name}.{prefix}weight" if name else f"{prefix}weight", module, prefix)
+        Mask(f"{name.removesuffix('.base_layer')}.{prefix}weight" if name else f"{prefix}weight", module, prefix)
         for name, module in getattr(model, "mask_root", model).named_modules()
         if isinstance(module, MaskedModule)
         for prefix in module.mask_prefixes

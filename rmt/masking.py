@@ -119,6 +119,7 @@ def swap_in(
     """Masks the modules `names`. words: key -> which weights get a score, None for all; other keys get none at all."""
     if masks(model):
         raise UserError("the model has masks already: load it anew to mask it again")
+    _need_unwrapped(model, names)
     made = {}
     for name in names:
         if words is None or any(key.startswith(f"{name}.") for key in words):
@@ -132,6 +133,25 @@ def swap_in(
     for mask in found:
         mask.scores.requires_grad_(True)
     return found
+
+
+def _need_unwrapped(model: nn.Module, names: list[str]) -> None:
+    """Raises UserError where a module that is to be masked is an adapter's, or holds one, or lies in one."""
+    wrapped = [name for name, module in model.named_modules() if _is_adapter(module)]
+    for name in names:
+        for other in wrapped:
+            if f"{name}.".startswith(f"{other}." if other else "") or other.startswith(f"{name}."):
+                state = "merged into it" if getattr(model.get_submodule(other), "merged", False) else "over it"
+                raise UserError(
+                    f"{name} cannot be masked: {other} has an adapter {state}, and (W + BA) * m is not W * m + BA. "
+                    "Mask first and apply the adapter over the masks, or make one model of both (the adapter's "
+                    "merge_and_unload) to mask as a base of its own"
+                )
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """peft's layers, and those of others that follow it, by what they have; peft itself need not be there."""
+    return isinstance(getattr(module, "base_layer", None), nn.Module) and hasattr(module, "active_adapters")
 
 
 def _select(module: nn.Module, name: str, words: dict[str, Tensor | None] | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import rmt_kernels
 
 from .masked import INIT, THRESHOLD, MaskedModule
+from .stacking import guarded, refuse_adapters
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -30,6 +31,8 @@ class FusedMaskedLinear(MaskedModule, nn.Linear):
 
     Raises: ValueError for an empty layer, or an init or threshold that is not finite.
     """
+
+    weight = guarded("")
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, init: float = INIT,
@@ -66,6 +69,8 @@ class FusedMaskedConv2d(MaskedModule, nn.Conv2d):
     The product is cuDNN's or oneDNN's over the masked weight, whose gradient reaches the scores straight through.
     Arguments are those of `nn.Conv2d`, then init and threshold as for `FusedMaskedLinear`.
     """
+
+    weight = guarded("")
 
     def __init__(self, *args, init: float = INIT, threshold: float = THRESHOLD, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -190,8 +195,16 @@ def mask_by_weight(module: nn.Module, prefixes: tuple[str, ...], init: float, th
 def _masked_class(host: type, prefixes: tuple[str, ...]) -> type:
     body = {"mask_prefixes": prefixes, "__reduce__": lambda self: (_rebuild, (host, prefixes, self.__getstate__()))}
     for prefix in prefixes:
-        body[prefix + "weight"] = property(lambda self, prefix=prefix: self._masked_weight(prefix))
+        body[prefix + "weight"] = _masked_property(prefix)
     return type(f"FusedMasked{host.__name__}", (MaskedModule, host), body)
+
+
+def _masked_property(prefix: str) -> property:
+    def read(self: MaskedModule) -> Tensor:
+        refuse_adapters(prefix + "weight")
+        return self._masked_weight(prefix)
+
+    return property(read)
 
 
 def _rebuild(host: type, prefixes: tuple[str, ...], state: dict) -> nn.Module:

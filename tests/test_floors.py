@@ -17,6 +17,7 @@ FLOORS = {
     "rmt.compact": 4,
     "rmt.masked": 4,
     "rmt.modules": 4,
+    "rmt.stacking": 4,
     "rmt.attention": 4,
     "rmt.train": 6,
     "rmt.resume": 6,
