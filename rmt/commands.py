@@ -146,6 +146,8 @@ COMMANDS = {
     "compose": Command("Make one task of several: union, intersection, difference, vote.",
                        share.compose_options, share.compose),
     "merge": Command("Write a task and its model as a plain open_clip model.", tasks.merge_options, tasks.merge),
+    "export": Command("Write a task and its image tower as one file for torch.export or ONNX.",
+                      share.export_options, share.export),
     "push": Command("Push a task to the Hugging Face hub.", share.push_options, share.push),
     "convert from-official": Command("Make a run folder of a checkpoint of the official R-AMT code.",
                                      runs.from_official_options, runs.from_official, run=True),

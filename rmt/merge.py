@@ -47,7 +47,7 @@ def merge(
     task, out = load_task(task_path), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out must be a new folder, or an empty one, but {out} holds something")
-    loaded = _load_base(task, model, pretrained, torch.device(device))
+    loaded = load_base(task, model, pretrained, torch.device(device))
     masked = MaskModel.from_pretrained(loaded.model, task.path, allow_base_mismatch=allow_base_mismatch)
     texts = clip.prompts(task.classnames, task.template)[:_MOST_TEXTS] if task.template else []
     wanted = _behaviour(loaded, texts or _TEXTS)
@@ -68,7 +68,8 @@ def _need_local_dir() -> None:
         raise UserError(f"merge needs open_clip 3.0 or later, which loads local-dir: folders, got {got}")
 
 
-def _load_base(task: Task, model: str | None, pretrained: str | None, device: torch.device) -> clip.Clip:
+def load_base(task: Task, model: str | None, pretrained: str | None, device: torch.device) -> clip.Clip:
+    """The task's base model, plain. model, pretrained: in place of the names that it gives. Raises UserError."""
     name = model or task.model
     if name is None:
         raise UserError(f"{task.path} does not name its base model: model must be given")
@@ -118,14 +119,15 @@ def _behaviour(loaded: clip.Clip, texts: Sequence[str]) -> dict[str, Tensor]:
     tokens = loaded.tokenizer(list(texts))
     # As open_clip loads a model: torch rounds some products of frozen weights otherwise, see reference.linear.
     loaded.model.requires_grad_(True)
-    with _without_fused_attention():
+    with without_fused_attention():
         text = F.normalize(loaded.model.encode_text(tokens.to(device)).float(), dim=-1)
         logits = clip.logits(loaded.model, image.to(device), text)
     return {"tokens": tokens, "text features": text, "logits": logits}
 
 
 @contextlib.contextmanager
-def _without_fused_attention() -> Iterator[None]:
+def without_fused_attention() -> Iterator[None]:
+    """Inside, nn.MultiheadAttention runs its products one by one: torch's fused inference path rounds otherwise."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .task_commands import TASK
+from .task_commands import TASK, base_options
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -52,3 +52,32 @@ def push(args: "Namespace") -> None:
     options = {"private": args.private or None, "branch": args.branch, "commit_message": args.message}
     given = {name: value for name, value in options.items() if value is not None}
     print(f"pushed     {HubTask.of(task_path(args.task)).push_to_hub(args.repo, **given)}")
+
+
+def export_options(parser: "ArgumentParser") -> None:
+    """Of export."""
+    from .export import FORMATS
+
+    base_options(parser)
+    add = parser.add_argument
+    add(
+        "--format",
+        type=str,
+        choices=FORMATS,
+        default="torch",
+        help="torch: .pt2 of torch.export; onnx (default: torch)",
+    )
+    add("--features", action="store_true", help="image features only, without the classes' text features baked in")
+    add("--out", type=str, required=True, help="file to write; OUT.json says what goes in and what comes out")
+
+
+def export(args: "Namespace") -> None:
+    """Writes the merged image tower, with class probabilities, as one file that has been run and compared."""
+    from .evaluate import task_path
+    from .export import ATOL, export
+
+    out = export(
+        task_path(args.task), args.out, args.format, args.features, args.model, args.pretrained,
+        allow_base_mismatch=args.allow_base_mismatch,
+    )  # fmt: skip
+    print(f"exported   {out}, {out.stat().st_size:,} bytes; run and equal to the masked model, cosines within {ATOL:g}")

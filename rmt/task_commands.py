@@ -68,7 +68,8 @@ def diff(args: "Namespace") -> None:
         print(f"{name}: {about}\n{format_matrix(found['names'], found[name], digits)}\n")
 
 
-def _base_options(parser: "ArgumentParser") -> None:
+def base_options(parser: "ArgumentParser") -> None:
+    """A task, and which base model it goes on."""
     add = parser.add_argument
     add("task", type=str, metavar="TASK", help=TASK)
     add("--model", type=str, help="base model, as for rmt train (default: as the task names it)")
@@ -78,7 +79,7 @@ def _base_options(parser: "ArgumentParser") -> None:
 
 def merge_options(parser: "ArgumentParser") -> None:
     """Of merge."""
-    _base_options(parser)
+    base_options(parser)
     parser.add_argument("--out", type=str, required=True, help="folder to make; open_clip loads it as local-dir:OUT")
 
 
@@ -95,7 +96,7 @@ def merge(args: "Namespace") -> None:
 
 def to_official_options(parser: "ArgumentParser") -> None:
     """Of convert to-official."""
-    _base_options(parser)
+    base_options(parser)
     parser.add_argument("--epoch", type=int, default=30, help="that the official code looks for: the E of the name")
     parser.add_argument("--out", type=str, required=True, help="file to write: FOLDER/shared/model.pth.tar-E")
 

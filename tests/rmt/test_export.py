@@ -1,0 +1,144 @@
+"""The exported files are run by torch and by onnxruntime, and compared with the live masked model."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+import rmt
+import rmt_kernels as rk
+from rmt import clip, export
+from rmt.checkpoint import save_task
+from rmt.cli import main
+from rmt.config import MaskConfig, RunConfig, UserError
+from rmt.merge import without_fused_attention
+
+NAMES, TEMPLATE = ("red ball", "häuser"), "a photo of a {}."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A task on a tiny model, a tenth of its weights off: (its folder, the live masked model, text features)."""
+    folder = tmp_path_factory.mktemp("export")
+    name = tiny.model_folder(folder / "model")
+    loaded = clip.load(name, None, None, torch.device("cpu"))
+    text = clip.text_features(loaded, NAMES, TEMPLATE)
+    model = rmt.get_mask_model(loaded.model, MaskConfig())
+    for i, mask in enumerate(model.masks):
+        on = torch.rand(mask.weight.shape, generator=torch.Generator().manual_seed(i)) > 0.1
+        mask.set_bits(rk.pack_bits(on))
+    save_task(folder / "task", model.masks, NAMES, RunConfig(model=name, data="x"), TEMPLATE)
+    return folder, model, text
+
+
+def expected(model, images, text):
+    with without_fused_attention(), torch.no_grad():
+        return clip.logits(model.model, images, text)
+
+
+def zero_shot(model, images, text):
+    with model.disable_adapter():
+        return expected(model, images, text)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_files_compute_what_the_masked_model_does(made, files, kind, batch):
+    folder, model, text = made
+    images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+    want = expected(model, images, text)
+    if kind == "torch":
+        logits, probabilities = torch.export.load(files["torch"]).module()(images)
+    else:
+        runtime = pytest.importorskip("onnxruntime")
+        session = runtime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+        logits, probabilities = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+    assert logits.shape == (batch, 2)
+    atol = 1e-5 * model.logit_scale.exp().item()
+    torch.testing.assert_close(logits, want, rtol=0, atol=atol)
+    torch.testing.assert_close(probabilities, want.softmax(-1), rtol=0, atol=atol)
+    assert (logits - zero_shot(model, images, text)).abs().max() > 100 * atol, "the masks count"
+
+
+@pytest.fixture(scope="module")
+def files(made):
+    """Of both kinds, as the command writes them; ONNX only where its packages are."""
+    folder = made[0]
+    found = {}
+    for kind in ("torch", "onnx"):
+        if kind == "onnx":
+            for package in ("onnx", "onnxscript", "onnxruntime"):
+                pytest.importorskip(package, reason=f"ONNX needs the package {package}")
+        found[kind] = folder / "new" / f"model.{kind}"
+        assert main(["export", str(folder / "task"), "--format", kind, "--out", str(found[kind])]) == 0
+    return found
+
+
+def test_what_goes_in_and_comes_out_is_beside_and_inside(made, files):
+    about = json.loads(files["torch"].with_name("model.torch.json").read_text())
+    assert about["classnames"] == list(NAMES) and about["template"] == TEMPLATE
+    assert about["inputs"] == {"images": ["batch", 3, 32, 32]} and about["outputs"] == ["logits", "probabilities"]
+    assert about["mean"] == tiny.PREPROCESS["mean"] and about["std"] == tiny.PREPROCESS["std"]
+    assert about["interpolation"] == "bicubic" and len(about["bits_sha256"]) == 64
+    extra = {"rmt.json": ""}
+    torch.export.load(files["torch"], extra_files=extra)
+    assert json.loads(extra["rmt.json"]) == about
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(files["onnx"]))
+    assert json.loads(session.get_modelmeta().custom_metadata_map["rmt"]) == about
+    assert [i.name for i in session.get_inputs()] == ["images"] and isinstance(session.get_inputs()[0].shape[0], str)
+    assert [o.name for o in session.get_outputs()] == about["outputs"]
+    assert sorted(p.name for p in files["torch"].parent.iterdir()) == [
+        "model.onnx", "model.onnx.json", "model.torch", "model.torch.json",
+    ]  # fmt: skip
+
+
+def test_features_only(made, tmp_path):
+    folder, model, _ = made
+    out = export.export(folder / "task", tmp_path / "f.pt2", features_only=True)
+    images = torch.randn(4, 3, 32, 32)
+    with without_fused_attention(), torch.no_grad():
+        want = model.encode_image(images)
+    got = torch.export.load(out).module()(images)
+    torch.testing.assert_close(F.normalize(got, dim=-1), F.normalize(want, dim=-1), rtol=0, atol=1e-5)
+    about = json.loads((tmp_path / "f.pt2.json").read_text())
+    assert about["outputs"] == ["features"] and about["classnames"] == []
+
+
+def test_a_file_that_computes_something_else_is_not_written(made, tmp_path, monkeypatch):
+    folder = made[0]
+
+    class Other(export._Exported):
+        def forward(self, images):
+            logits, probabilities = super().forward(images)
+            return logits + 1e-2, probabilities
+
+    monkeypatch.setattr(export, "_Exported", Other)
+    with pytest.raises(UserError, match="must compute what the masked model does, within 0.00033, but differs by 0.01"):
+        export.export(folder / "task", tmp_path / "new" / "a.pt2")
+
+    class Never(export._Exported):
+        def forward(self, images):
+            return super().forward(images) if images.sum() > 0 else None
+
+    monkeypatch.setattr(export, "_Exported", Never)
+    with pytest.raises(UserError, match=r"torch.export cannot trace VisionTransformer"):
+        export.export(folder / "task", tmp_path / "new" / "a.pt2")
+    assert not any(tmp_path.iterdir())
+
+
+def test_refusals_come_before_any_work(made, tmp_path, monkeypatch, capsys):
+    folder, model, _ = made
+    with pytest.raises(UserError, match="format must be one of torch, onnx, got 'tf'"):
+        export.export(folder / "task", tmp_path / "a", "tf")
+    save_task(tmp_path / "nameless", model.masks, (), RunConfig(model="local-dir:x", data="x"))
+    with pytest.raises(UserError, match="has no class names or no template to bake in"):
+        export.export(tmp_path / "nameless", tmp_path / "a")
+    other = tiny.model_folder(tmp_path / "other", seed=1)
+    assert main(["export", str(folder / "task"), "--model", other, "--out", str(tmp_path / "a")]) == 2
+    assert "is for another model" in capsys.readouterr().err
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"needs onnx, onnxscript and onnxruntime \(extra \[export\]\)"):
+        export.export(folder / "task", tmp_path / "a", "onnx")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.json").exists()
