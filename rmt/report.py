@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import figures
-from .checkpoint import Task, load_task, write_whole
+from .checkpoint import MASK_FILE, Task, load_task, write_whole
 from .compare_tasks import P_NOTE, cell_text, diff, distinct_names, matrix
 from .config import UserError
 from .evaluate import task_path
@@ -145,7 +145,7 @@ def report_tasks(paths: Sequence[str | Path], out: str | Path, command: str = ""
     Raises: UserError where a task is missing or damaged, or of another base model than the others.
     """
     runs = [Path(path) for path in paths if (Path(path) / "result.json").is_file()]
-    if len(paths) == 1 and (runs or Path(paths[0], "config.yaml").is_file()):
+    if len(paths) == 1 and Path(paths[0]).is_dir() and not Path(paths[0], MASK_FILE).is_file():
         return report_run(paths[0], out, command)
     tasks = [load_task(task_path(path)) for path in paths]
     names = distinct_names(tasks)

@@ -60,13 +60,7 @@ def export_options(parser: "ArgumentParser") -> None:
 
     base_options(parser)
     add = parser.add_argument
-    add(
-        "--format",
-        type=str,
-        choices=FORMATS,
-        default="torch",
-        help="torch: .pt2 of torch.export; onnx (default: torch)",
-    )
+    add("--format", type=str, choices=FORMATS, default="torch", help="torch (.pt2 of torch.export) or onnx")
     add("--features", action="store_true", help="image features only, without the classes' text features baked in")
     add("--out", type=str, required=True, help="file to write; OUT.json says what goes in and what comes out")
 

@@ -38,6 +38,10 @@ CODEC = ["tests/kernels/test_codec.py"]
 TASK = ["tests/rmt/test_checkpoint.py"]
 SERVE = ["tests/rmt/test_serve.py"]
 SERVE_TASKS = ["tests/rmt/test_serve_tasks.py"]
+COMPOSE = ["tests/rmt/test_compose.py"]
+COMPARE = ["tests/rmt/test_compare.py"]
+STACKING = ["tests/rmt/test_stacking.py"]
+HUB = ["tests/rmt/test_hub.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -49,6 +53,17 @@ MUTATIONS = [
     ("chunks are not counted", "rmt/serve/edge.py", "got += len(message.get(\"body\", b\"\"))", "got += 0", SERVE),
     ("a link leads out", "rmt/serve/service.py",
      "if folder.is_relative_to(root) and file.is_relative_to(root):", "if folder.is_relative_to(root):", SERVE_TASKS),
+    ("pad bits of a difference", "rmt/compose.py",
+     'torch.bool)) if operation == "difference" else made', 'torch.bool)) if operation == "none" else made', COMPOSE),
+    ("a vote too few", "rmt/compose.py", "rk.pack_bits(off < votes)", "rk.pack_bits(off <= votes)", COMPOSE),
+    ("population of all weights", "rmt/compare_tasks.py",
+     "task.selected.get(key, n * k) for task in (a, b)", "n * k for task in (a, b)", COMPARE),
+    ("saddlepoint without the lattice", "rmt/chance.py",
+     "u = -math.expm1(-t) * math.sqrt(variance)", "u = t * math.sqrt(variance)", COMPARE),
+    ("peft writes under a mask", "rmt/stacking.py", '("merge", "unmerge", "set_base_weight")', '("unmerge",)', STACKING),
+    ("mask over an adapter", "rmt/masking.py", "    _need_unwrapped(model, names)\n", "", STACKING),
+    ("download not compared with its hash", "rmt/hub.py",
+     "    _need_its_hash(Path(found), path_or_id)\n", "", HUB),
     ("threshold not strict", "rmt_kernels/reference.py",
      "_accurate(scores) > threshold", "_accurate(scores) >= threshold", REFERENCE),
     ("eps dropped", "rmt_kernels/reference.py", "b.abs() + GDR_EPS)", "b.abs() + 1e-30)", REFERENCE),

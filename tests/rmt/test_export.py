@@ -22,7 +22,10 @@ NAMES, TEMPLATE = ("red ball", "häuser"), "a photo of a {}."
 def made(tmp_path_factory):
     """A task on a tiny model, a tenth of its weights off: (its folder, the live masked model, text features)."""
     folder = tmp_path_factory.mktemp("export")
-    name = tiny.model_folder(folder / "model")
+    # One block: tracing takes seconds a block.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.MODEL, "vision_cfg", tiny.MODEL["vision_cfg"] | {"layers": 1})
+        name = tiny.model_folder(folder / "model")
     loaded = clip.load(name, None, None, torch.device("cpu"))
     text = clip.text_features(loaded, NAMES, TEMPLATE)
     model = rmt.get_mask_model(loaded.model, MaskConfig())
@@ -43,18 +46,38 @@ def zero_shot(model, images, text):
         return expected(model, images, text)
 
 
+@pytest.fixture(scope="module")
+def files(made):
+    """Of both kinds, as the command writes them."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"ONNX needs the package {package}")
+    found = {kind: made[0] / "new" / f"model.{kind}" for kind in ("torch", "onnx")}
+    for kind, path in found.items():
+        assert main(["export", str(made[0] / "task"), "--format", kind, "--out", str(path)]) == 0
+    return found
+
+
+@pytest.fixture(scope="module")
+def programs(files):
+    """What runs them, (B, 3, 32, 32) -> logits, probabilities; the descriptions inside, as text; onnx's session."""
+    extra = {"rmt.json": ""}
+    program = torch.export.load(files["torch"], extra_files=extra).module()
+    session = __import__("onnxruntime").InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+
+    def onnx(images):
+        return tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
+
+    inside = {"torch": extra["rmt.json"], "onnx": session.get_modelmeta().custom_metadata_map["rmt"]}
+    return {"torch": program, "onnx": onnx}, inside, session
+
+
 @pytest.mark.parametrize("batch", [1, 3, 5])
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
-def test_files_compute_what_the_masked_model_does(made, files, kind, batch):
-    folder, model, text = made
+def test_files_compute_what_the_masked_model_does(made, programs, kind, batch):
+    _, model, text = made
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
     want = expected(model, images, text)
-    if kind == "torch":
-        logits, probabilities = torch.export.load(files["torch"]).module()(images)
-    else:
-        runtime = pytest.importorskip("onnxruntime")
-        session = runtime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
-        logits, probabilities = map(torch.from_numpy, session.run(None, {"images": images.numpy()}))
+    logits, probabilities = programs[0][kind](images)
     assert logits.shape == (batch, 2)
     atol = 1e-5 * model.logit_scale.exp().item()
     torch.testing.assert_close(logits, want, rtol=0, atol=atol)
@@ -62,31 +85,14 @@ def test_files_compute_what_the_masked_model_does(made, files, kind, batch):
     assert (logits - zero_shot(model, images, text)).abs().max() > 100 * atol, "the masks count"
 
 
-@pytest.fixture(scope="module")
-def files(made):
-    """Of both kinds, as the command writes them; ONNX only where its packages are."""
-    folder = made[0]
-    found = {}
-    for kind in ("torch", "onnx"):
-        if kind == "onnx":
-            for package in ("onnx", "onnxscript", "onnxruntime"):
-                pytest.importorskip(package, reason=f"ONNX needs the package {package}")
-        found[kind] = folder / "new" / f"model.{kind}"
-        assert main(["export", str(folder / "task"), "--format", kind, "--out", str(found[kind])]) == 0
-    return found
-
-
-def test_what_goes_in_and_comes_out_is_beside_and_inside(made, files):
+def test_what_goes_in_and_comes_out_is_beside_and_inside(files, programs):
     about = json.loads(files["torch"].with_name("model.torch.json").read_text())
     assert about["classnames"] == list(NAMES) and about["template"] == TEMPLATE
     assert about["inputs"] == {"images": ["batch", 3, 32, 32]} and about["outputs"] == ["logits", "probabilities"]
     assert about["mean"] == tiny.PREPROCESS["mean"] and about["std"] == tiny.PREPROCESS["std"]
     assert about["interpolation"] == "bicubic" and len(about["bits_sha256"]) == 64
-    extra = {"rmt.json": ""}
-    torch.export.load(files["torch"], extra_files=extra)
-    assert json.loads(extra["rmt.json"]) == about
-    session = pytest.importorskip("onnxruntime").InferenceSession(str(files["onnx"]))
-    assert json.loads(session.get_modelmeta().custom_metadata_map["rmt"]) == about
+    _, inside, session = programs
+    assert json.loads(inside["torch"]) == json.loads(inside["onnx"]) == about
     assert [i.name for i in session.get_inputs()] == ["images"] and isinstance(session.get_inputs()[0].shape[0], str)
     assert [o.name for o in session.get_outputs()] == about["outputs"]
     assert sorted(p.name for p in files["torch"].parent.iterdir()) == [
@@ -94,13 +100,22 @@ def test_what_goes_in_and_comes_out_is_beside_and_inside(made, files):
     ]  # fmt: skip
 
 
-def test_features_only(made, tmp_path):
+def test_features_only(made, tmp_path, monkeypatch):
+    """Saving and loading take seconds, and are the others': here the program is run as it was traced."""
     folder, model, _ = made
-    out = export.export(folder / "task", tmp_path / "f.pt2", features_only=True)
+    programs = []
+
+    def kept(module, images, path, about):
+        programs.append(export._program(module, images).module())
+        path.write_bytes(b"kept")
+        return lambda batch: (programs[0](batch),)
+
+    monkeypatch.setattr(export, "_torch", kept)
+    export.export(folder / "task", tmp_path / "f.pt2", features_only=True)
     images = torch.randn(4, 3, 32, 32)
     with without_fused_attention(), torch.no_grad():
         want = model.encode_image(images)
-    got = torch.export.load(out).module()(images)
+    got = programs[0](images)
     torch.testing.assert_close(F.normalize(got, dim=-1), F.normalize(want, dim=-1), rtol=0, atol=1e-5)
     about = json.loads((tmp_path / "f.pt2.json").read_text())
     assert about["outputs"] == ["features"] and about["classnames"] == []
@@ -115,7 +130,8 @@ def test_a_file_that_computes_something_else_is_not_written(made, tmp_path, monk
             return logits + 1e-2, probabilities
 
     monkeypatch.setattr(export, "_Exported", Other)
-    with pytest.raises(UserError, match="must compute what the masked model does, within 0.00033, but differs by 0.01"):
+    monkeypatch.setattr(export, "_torch", lambda module, images, path, about: path.write_bytes(b"x") and module)
+    with pytest.raises(UserError, match=r"must compute .* within 0\.00033, but differs by 0\.01"):
         export.export(folder / "task", tmp_path / "new" / "a.pt2")
 
     class Never(export._Exported):
@@ -123,6 +139,7 @@ def test_a_file_that_computes_something_else_is_not_written(made, tmp_path, monk
             return super().forward(images) if images.sum() > 0 else None
 
     monkeypatch.setattr(export, "_Exported", Never)
+    monkeypatch.setattr(export, "_torch", lambda module, images, *_: export._program(module, images))
     with pytest.raises(UserError, match=r"torch.export cannot trace VisionTransformer"):
         export.export(folder / "task", tmp_path / "new" / "a.pt2")
     assert not any(tmp_path.iterdir())
@@ -136,7 +153,8 @@ def test_refusals_come_before_any_work(made, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="has no class names or no template to bake in"):
         export.export(tmp_path / "nameless", tmp_path / "a")
     other = tiny.model_folder(tmp_path / "other", seed=1)
-    assert main(["export", str(folder / "task"), "--model", other, "--out", str(tmp_path / "a")]) == 2
+    save_task(tmp_path / "seed0", rmt.get_mask_model(tiny.model(), MaskConfig()).masks, NAMES, None, TEMPLATE)
+    assert main(["export", str(tmp_path / "seed0"), "--model", other, "--out", str(tmp_path / "a")]) == 2
     assert "is for another model" in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"needs onnx, onnxscript and onnxruntime \(extra \[export\]\)"):
