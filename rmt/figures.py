@@ -130,6 +130,10 @@ def confusion(counts: Sequence[Sequence[int]], classnames: Sequence[str]) -> str
 
 def overlap(names: Sequence[str], jaccard: Sequence[Sequence], lift: Sequence[Sequence]) -> str:
     """Two (T, T) tables as shades with their numbers: shades of one hue, told apart in print and by anyone's eyes."""
+    import matplotlib
+
+    # The page may be dark: the diagonal and what has no number bring a ground of their own.
+    shades = matplotlib.colormaps["Blues"].with_extremes(bad="#e6e9ec")
     panels = {"off in both / off in any": (jaccard, "{:.2f}"), "off in both / so many by chance": (lift, "{:.1f}")}
 
     def paint(figure: "Figure") -> None:
@@ -139,9 +143,7 @@ def overlap(names: Sequence[str], jaccard: Sequence[Sequence], lift: Sequence[Se
             # Lifts are ratios: their logarithm is what looks even.
             shade = np.log1p(shown) if table is lift else shown
             top = np.nanmax(shade) if np.isfinite(shade).any() else 1.0
-            # The page may be dark: the diagonal and what has no number bring a ground of their own.
-            axes.set_facecolor("#e6e9ec")
-            axes.imshow(shade, cmap="Blues", vmin=0, vmax=top or 1.0)
+            axes.imshow(shade, cmap=shades, vmin=0, vmax=top or 1.0)
             axes.spines[:].set_visible(False)
             axes.set(title=title)
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
