@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import clip
-from .bank_layers import Plan, RowByRow, running
+from .bank_layers import Plan, RowByRow, activate, running
 from .bank_swap import bank_modules, open_weights, plain_copy
 from .bank_tasks import BASE, BaseWeights, Entry, ReadWrite, need_name
 from .checkpoint import Task, load_task
 from .config import UserError
+from .hub_id import is_id, split_id, task_source
 from .masked import masks
 
 # Banks whose tasks are off in this thread, by id.
@@ -111,14 +112,17 @@ class TaskBank(nn.Module):
     def load(
         self, path: str | Path, name: str | None = None, *, replace: bool = False, allow_base_mismatch: bool = False
     ) -> str:
-        """Adds a task folder, run folder, task file or hub id. Returns its name, by default its folder's.
+        """Adds a task folder, run folder, task file or hub id user/name[@revision]. Returns its name.
+
+        name: by default the last part of the path or id.
 
         Raises: UserError where it is missing, damaged, of another backbone, or where the name is taken.
         """
-        path = Path(path)
-        inside = path / "task"
-        task = load_task(inside if inside.is_dir() else path)
-        name = path.resolve().name if name is None else name
+        hub = is_id(path) and not Path(path).exists()
+        inside = Path(path) / "task"
+        task = load_task(inside if inside.is_dir() else task_source(path))
+        if name is None:
+            name = split_id(path)[0].rpartition("/")[2] if hub else Path(path).resolve().name
         self.add(name, task, replace=replace, allow_base_mismatch=allow_base_mismatch)
         return name
 
@@ -179,8 +183,7 @@ class TaskBank(nn.Module):
             name = None if name == BASE else name
             bits = {} if name is None else self._entry(name).bits
             with self._swap.writing():
-                for module in bank_modules(self.model):
-                    module.activate(bits, self.kept)
+                activate(bank_modules(self.model), bits, self.kept)
                 self._active = name
 
     @contextlib.contextmanager
@@ -276,7 +279,9 @@ class TaskBank(nn.Module):
         plan = Plan(tuple(entry.bits for entry in places) or ({},), tuple(ends) if places else (0, 0), self.invariant)
         if order == sorted(order):
             return self._features(x, plan)
-        index = torch.tensor(order, device=x.device)
+        index = torch.tensor(order)
+        if x.device.type == "cuda":  # a copy of pageable memory would wait for the device
+            index = index.pin_memory().to(x.device, non_blocking=True)
         features = self._features(x[index], plan)
         return torch.empty_like(features).index_copy_(0, index, features)
 

@@ -8,7 +8,7 @@ are rewritten in place when another task becomes active.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +22,7 @@ import rmt_kernels as rk
 from .attention import PackedAttention
 from .config import UserError
 from .modules import patch_rows, patches, turned_into
+from .stacking import guarded
 
 Bits = Mapping[str, Tensor]
 
@@ -88,8 +89,7 @@ class BankModule:
         self.keys, self._batch_dim, self._dense, self._masking = keys, batch_dim, {}, set()
         for prefix in self.mask_prefixes:
             weight = self._weight(prefix)
-            ones = rk.pack_bits(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
-            self.register_buffer(prefix + "bits", ones, persistent=False)
+            self.register_buffer(prefix + "bits", all_on(*weight.shape, weight.device).clone(), persistent=False)
         return self
 
     def _weight(self, prefix: str) -> Tensor:
@@ -99,25 +99,6 @@ class BankModule:
     def _own(self, prefix: str) -> Plan:
         bits = {self.keys[prefix]: self._buffers[prefix + "bits"]} if prefix in self._masking else {}
         return Plan((bits,), (0, 0))
-
-    def activate(self, bits: Bits, kept: bool) -> None:
-        """Rewrites the buffers in place: shapes and addresses stay. kept: the layer's masked weights too."""
-        for prefix, key in self.keys.items():
-            buffer, weight, new = self._buffers[prefix + "bits"], self._weight(prefix), bits.get(key)
-            if kept and prefix not in self._dense:
-                self._dense[prefix] = rk.masked_weight(weight, buffer)
-            if kept and new is not None:
-                rk.masked_weight_(self._dense[prefix], weight, new, old=buffer)
-            elif kept:
-                self._dense[prefix].copy_(weight)
-            if new is not None:
-                self._masking.add(prefix)
-                buffer.copy_(new)
-            else:
-                self._masking.discard(prefix)
-                buffer.fill_(-1)
-                if weight.shape[1] % 32:
-                    buffer[:, -1] = (1 << weight.shape[1] % 32) - 1
 
     def _linear(self, x: Tensor, prefix: str, bias: Tensor | None) -> Tensor:
         weight, device = self._weight(prefix), x.device.type
@@ -174,8 +155,41 @@ class BankModule:
         return self
 
 
+def activate(modules: Sequence[BankModule], bits: Bits, kept: bool) -> None:
+    """Makes a task the one whose bits the layers' buffers hold. In place: shapes and addresses stay.
+
+    One call for all bits, and with kept one for all masked weights, of which only the words that differ are rewritten.
+    """
+    layers = [(module, prefix, key) for module in modules for prefix, key in module.keys.items()]
+    buffers = [module._buffers[prefix + "bits"] for module, prefix, _ in layers]
+    weights = [module._weight(prefix) for module, prefix, _ in layers]
+    news = []
+    for (module, prefix, key), buffer, weight in zip(layers, buffers, weights):
+        masked = bits.get(key) is not None
+        (module._masking.add if masked else module._masking.discard)(prefix)
+        news.append(bits[key] if masked else all_on(*weight.shape, weight.device))
+        if kept and prefix not in module._dense:
+            module._dense[prefix] = rk.masked_weight(weight, buffer)
+    if kept and layers:
+        rk.masked_weights_([module._dense[prefix] for module, prefix, _ in layers], weights, news, buffers)
+    if layers:
+        torch._foreach_copy_(buffers, news)
+
+
+@functools.lru_cache(64)
+def all_on(out_features: int, in_features: int, device: torch.device) -> Tensor:
+    """The words of a mask with nothing off. Shared: never written."""
+    with torch.inference_mode(False):
+        ones = torch.full((out_features, -(-in_features // 32)), -1, dtype=torch.int32, device=device)
+        if in_features % 32:
+            ones[:, -1] = (1 << in_features % 32) - 1
+    return ones
+
+
 class BankLinear(BankModule, nn.Linear):
     """`nn.Linear` under the plan's masks."""
+
+    weight = guarded("")
 
     def forward(self, x: Tensor) -> Tensor:
         return self._linear(x, "", self.bias)
@@ -185,6 +199,7 @@ class BankMultiheadAttention(BankModule, PackedAttention):
     """`nn.MultiheadAttention` under the plan's masks; a call that is no plain self-attention runs task by task."""
 
     mask_prefixes = ("in_proj_",)
+    in_proj_weight = guarded("in_proj_")
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """As `nn.MultiheadAttention.forward`, its options by name."""

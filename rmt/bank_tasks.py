@@ -41,8 +41,7 @@ class Entry:
         """Of a task file's content, its bits copied to `device`."""
         sizes = {key: n * k for key, (n, k) in task.shapes.items()}
         bits = {key: words.to(device, copy=True) for key, words in task.bits.items() if count_on(words) < sizes[key]}
-        text = getattr(task, "text_features", None)
-        text = None if text is None else text.to(device)
+        text = None if task.text_features is None else task.text_features.to(device)
         return cls(name, bits, task.shapes, task.classnames, task.template, text, task.path, task.bits_sha256)
 
     @property
