@@ -116,7 +116,12 @@ class BankModule:
         rows = x.movedim(batch_dim, 0)
         lead, rows = rows.shape[:-1], rows.reshape(-1, x.shape[-1])
         offsets = [0, len(rows)] if len(words) == 1 else [end * (len(rows) // ends[-1]) for end in ends]
-        y = rk.grouped_masked_linear(rows, weight, words, offsets, bias, invariant=plan.invariant)
+        if torch.is_grad_enabled() and rows.requires_grad:
+            # An adapter over the bank trains: only single products have a backward.
+            parts = zip(words, pairwise(offsets))
+            y = torch.cat([_product(rows[first:end], weight, mine, bias) for mine, (first, end) in parts])
+        else:
+            y = rk.grouped_masked_linear(rows, weight, words, offsets, bias, invariant=plan.invariant)
         return y.view(*lead, y.shape[-1]).movedim(0, batch_dim)
 
     def _batch_of(self, x: Tensor, prefix: str) -> int:
@@ -174,6 +179,10 @@ def activate(modules: Sequence[BankModule], bits: Bits, kept: bool) -> None:
         rk.masked_weights_([module._dense[prefix] for module, prefix, _ in layers], weights, news, buffers)
     if layers:
         torch._foreach_copy_(buffers, news)
+
+
+def _product(x: Tensor, weight: Tensor, words: Tensor | None, bias: Tensor | None) -> Tensor:
+    return rk.reference.linear(x, weight, bias) if words is None else rk.masked_linear(x, weight, words, bias)
 
 
 @functools.lru_cache(64)
@@ -242,7 +251,8 @@ class BankConv2d(BankModule, nn.Conv2d):
         words, ends = plan.groups(self.keys[""])
         if plan.kept or (len(words) == 1 and not plan.invariant):
             return self._conv_forward(x, self._masked_weight(""), self.bias)
-        if not patches((self.stride, self.padding, self.dilation, self.groups), self.weight):
+        trains = torch.is_grad_enabled() and x.requires_grad
+        if trains or not patches((self.stride, self.padding, self.dilation, self.groups), self.weight):
             if plan.invariant:
                 raise UserError(f"{self.keys['']}: invariant answers need a convolution of patches that do not overlap")
             parts = []

@@ -183,6 +183,7 @@ class RunConfig:
         classes: all of them, or CoOp's base or new half.
         image_size: side in pixels; None: the model's own. device: auto, cpu, cuda, cuda:1, ...
         preset: ramt, amt, rmmt or rpmt: targets and strength where those are None.
+        text_features: keep those of the class names in the task file, so that it classifies with the image tower alone.
     """
 
     model: str
@@ -197,6 +198,7 @@ class RunConfig:
     image_size: int | None = None
     device: str = "auto"
     preset: Literal["ramt", "amt", "rmmt", "rpmt"] = "ramt"
+    text_features: bool = False
     mask: MaskConfig = field(default_factory=MaskConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoint import Task, apply_task, load_task, save_task
@@ -93,10 +93,16 @@ class MaskModel(nn.Module):
 
     def save_pretrained(
         self, folder: str | Path, classnames: Sequence[str] = (), template: str | None = None,
-        config: RunConfig | None = None,
+        config: RunConfig | None = None, text_features: Tensor | None = None,
     ) -> Task:  # fmt: skip
-        """Writes the task folder. config: of the run that tuned the masks. Raises OSError where it cannot."""
-        return save_task(folder, self.masks, tuple(classnames), config, template=template)
+        """Writes the task folder.
+
+        Args:
+            config: of the run that tuned the masks. text_features: (C, D), rows of length 1, of the class names.
+
+        Raises: OSError where it cannot be written; UserError for text features that do not fit.
+        """
+        return save_task(folder, self.masks, tuple(classnames), config, template, text_features=text_features)
 
     def push_to_hub(
         self, repo_id: str, *, classnames: Sequence[str] = (), template: str | None = None,

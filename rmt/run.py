@@ -144,10 +144,12 @@ def _bars(values: list[float]) -> str:
 def _finish(setup: Setup, config: RunConfig, out: Path, zero_shot: Accuracy, seconds: float) -> dict:
     """Saves the task first, then measures and prints. Keys as CLIP_benchmark's, where it has them."""
     folder = out / TASK_FOLDER
-    save_task(folder, setup.masks, setup.split.classnames, config, setup.template)
+    text = setup.text.features() if config.text_features else None
+    named = (folder, setup.masks, setup.split.classnames, config, setup.template)
+    save_task(*named, text_features=text)
     tuned = setup.test()
     numbers = {"zero-shot top-1, %": zero_shot.top1, "tuned top-1, %": tuned.top1}
-    task = save_task(folder, setup.masks, setup.split.classnames, config, setup.template, numbers)
+    task = save_task(*named, numbers, text)
     layers = per_layer(setup.masks)
     off, total = sum(row[1] for row in layers), sum(row[2] for row in layers)
     size = (folder / "mask.safetensors").stat().st_size

@@ -451,3 +451,33 @@ def test_a_rounded_bank_answers_as_before_and_still_knows_its_backbone(files, tm
     with pytest.raises(UserError, match="must be added before the bank's weights are rounded"):
         bank.load(tmp_path / "odd")
     assert "odd" not in bank.tasks
+
+
+def test_stored_text_features_need_no_text_tower(files, tmp_path):
+    text = clip.Text.make(clip.Clip(tiny.model(), None, tokenizer()), NAMES, TEMPLATE).zero_shot
+    files[1]["all"].save_pretrained(tmp_path / "whole", NAMES, TEMPLATE, text_features=text)
+    deaf, bank, x = rmt.TaskBank(tiny.model()), rmt.TaskBank(tiny.model(), tokenizer=tokenizer()), images(3)
+    for each in (deaf, bank):
+        each.load(tmp_path / "whole", "all")
+    assert deaf.classify(x, ["all"] * 3) == bank.classify(x, ["all"] * 3)
+    model = tiny.model()
+    model.transformer = torch.nn.Identity()
+    without = rmt.TaskBank(model)
+    without.load(tmp_path / "whole", "all")
+    assert without.classify(x, ["all"] * 3) == bank.classify(x, ["all"] * 3)
+
+
+def test_lora_over_a_bank_and_no_merge_under_its_masks(files):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    bank, x = rmt.TaskBank(tiny.model()), images(2)
+    bank.load(files[0] / "all")
+    bank.set_adapter("all")
+    want = bank.model.encode_image(x)
+    wrapped = peft.get_peft_model(bank.model, peft.LoraConfig(target_modules=["c_fc"]))
+    assert torch.equal(bank.encode_image(x), bank.encode_image(x, ["all"] * 2))
+    assert near(bank.model.encode_image(x), want), "a fresh LoRA adds nothing"
+    bank.model.encode_image(x).square().sum().backward()
+    trained = {name: p.grad.norm() for name, p in wrapped.named_parameters() if p.grad is not None}
+    assert len(trained) == 4 and all("lora" in name for name in trained) and sum(trained.values()) > 0
+    with pytest.raises(ValueError, match="merge the mask first"):
+        wrapped.merge_adapter()
