@@ -27,6 +27,7 @@ def options(parser: "ArgumentParser") -> None:
     add("--model", type=str, help="base model, as for rmt train (default: as the tasks name it)")
     add("--pretrained", type=str, help="its weights: a tag or a file")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--precision", type=str, choices=("fp32", "bf16"), default="fp32", help="bf16 rounds the model, for speed")
     add("--max-batch", type=int, default=32, help="rows (image, task) of one forward")
     add("--max-wait-ms", type=float, default=2.0, help="how long a row waits for others while the model is free")
     add("--queue", type=int, default=256, help="rows under way at most; what comes then gets 429 and Retry-After")
@@ -119,7 +120,8 @@ def _bank(args: "Namespace", tasks: dict[str, Path]) -> "TaskBank":
     bank = load(model, pretrained, image_size=size, device=args.device, invariant=args.invariant)
     for name, task in found.items():
         bank.add(name, task)
-    return bank
+    # Once the tasks are there: of a rounded model nobody can tell what it was.
+    return bank.bfloat16() if args.precision == "bf16" else bank
 
 
 def run(service: "Service", host: str, port: int, grace: float = 30.0) -> int:
