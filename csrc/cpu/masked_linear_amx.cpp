@@ -1,9 +1,13 @@
 // masked_linear in bf16 by AMX tiles: y^T = (weight * bits) x^T.
 //
 // Sixteen rows of weight, 32 columns each, are a tile's first factor as they lie in memory; a word of bits is the mask
-// register under which one row of it is copied into the second cache, while the tile unit multiplies the columns before.
-// Rows of x are packed once a call, 16 rows x 32 columns to a block: dwords [pair of columns][row], the second factor.
-// Rows of x that do not exist are zeros, and so are rows and columns of weight.
+// register under which one row of it is copied, while the tile unit multiplies the columns before. Rows of x are packed
+// once, 16 rows x 32 columns to a block: dwords [pair of columns][row], the second factor. Rows of x that do not exist are
+// zeros, and so are rows and columns of weight.
+//
+// Loops, from the outside: chunks of x that stay in the second cache; threads over weight rows; 32 of these; kSteps steps
+// of their columns, which stay in the first cache, as does their masked copy, while every group passes over them. Sums
+// wait in memory from one block of columns to the next.
 //
 // An element's sum runs over the columns in steps of 32, whatever the groups, their sizes and the threads are.
 #include <vector>
@@ -19,8 +23,17 @@ namespace {
 
 constexpr int64_t kDepth = 32, kPanel = 16, kBlock = 1024;  // columns and rows of a packed block; its bytes
 constexpr int64_t kRows = 2 * kPanel;                       // rows of weight, and of x, that a product takes
-constexpr int64_t kMaskedBytes = 512 << 10;  // of masked weight that stay in the second cache while a group passes
-constexpr int64_t kAhead = 2;                // steps that the masking is before the product
+constexpr int64_t kSteps = 8;               // steps of columns in a block
+constexpr int64_t kAhead = 2;               // steps that the masking is before the product
+constexpr int64_t kChunkBytes = 1 << 20;    // of packed x
+constexpr int64_t kSums = kRows * kRows;    // floats
+
+// Up to 32 rows of x that share a mask.
+struct Pair {
+  const uint32_t* bits;
+  int64_t first, rows;
+  bool masks;  // the first of its group
+};
 
 // Up to 16 rows of x, all columns, into `steps` blocks.
 void pack(const uint16_t* x, int64_t stride, int64_t rows, int64_t k, char* to) {
@@ -33,48 +46,76 @@ void pack(const uint16_t* x, int64_t stride, int64_t rows, int64_t k, char* to) 
   }
 }
 
-// Copies 32 rows of weight under their mask, a step of 32 columns at a time, into two panels of blocks.
+// Copies 32 rows of weight under their mask, a step of 32 columns at a time, into blocks [step][32 rows].
 class Masking {
  public:
-  Masking(const MaskedLinear& p, const uint32_t* bits, int64_t row, int64_t steps, char* to)
-      : weight_(static_cast<const uint16_t*>(p.weight) + row * p.k), bits_(bits ? bits + row * steps : nullptr), k_(p.k),
-        steps_(steps), rows_(std::min(kRows, p.n - row)), to_(to) {}
+  // next: the mask of the group after this one, brought into the cache on the way, or null.
+  Masking(const MaskedLinear& p, const uint32_t* bits, const uint32_t* next, int64_t row, int64_t step, char* to)
+      : weight_(static_cast<const uint16_t*>(p.weight) + row * p.k + step * kDepth), k_(p.k), words_((p.k + kDepth - 1) / kDepth),
+        left_(p.k - step * kDepth), rows_(std::min(kRows, p.n - row)), to_(to) {
+    const int64_t at = row * words_ + step;
+    bits_ = bits ? bits + at : nullptr;
+    next_ = next ? next + at : nullptr;
+  }
 
   void step(int64_t s) {
-    const uint32_t live = tail_mask(k_ - s * kDepth);
+    // Vectors that are stored may alias anything: what the loops need is in registers before them.
+    char* const to = to_ + s * 2 * kBlock;
+    const uint16_t* const from = weight_ + s * kDepth;
+    const int64_t words = words_, k = k_;
+    if (next_)
+      for (int64_t r = s * 4; r < std::min(rows_, s * 4 + 4); ++r) __builtin_prefetch(next_ + r * words);
+    if (rows_ == kRows && left_ >= (s + 1) * kDepth) {
+      const uint16_t* line = from;
+      if (const uint32_t* word = bits_ ? bits_ + s : nullptr)
+        for (int64_t r = 0; r < kRows; ++r, word += words, line += k)
+          _mm512_store_si512(to + 64 * r, _mm512_maskz_loadu_epi16(*word, line));
+      else
+        for (int64_t r = 0; r < kRows; ++r, line += k) _mm512_store_si512(to + 64 * r, _mm512_loadu_si512(line));
+      return;
+    }
+    const uint32_t live = tail_mask(left_ - s * kDepth);
     for (int64_t r = 0; r < kRows; ++r) {
-      const bool real = r < rows_;
-      const uint32_t word = !real ? 0 : bits_ ? bits_[r * steps_ + s] & live : live;
-      const __m512i line = _mm512_maskz_loadu_epi16(word, weight_ + (real ? r : 0) * k_ + s * kDepth);
-      _mm512_store_si512(to_ + (r / kPanel * steps_ + s) * kBlock + r % kPanel * 64, line);
+      const uint32_t word = r >= rows_ ? 0 : bits_ ? bits_[r * words_ + s] & live : live;
+      _mm512_store_si512(to + 64 * r, _mm512_maskz_loadu_epi16(word, from + (r < rows_ ? r : 0) * k_));
     }
   }
 
  private:
   const uint16_t* weight_;
-  const uint32_t* bits_;
-  int64_t k_, steps_, rows_;
+  const uint32_t *bits_, *next_;
+  int64_t k_, words_, left_, rows_;
   char* to_;
 };
 
-// sum (32 rows of weight x 32 of x; with one panel 16 of x) over all steps. masking: makes `w` on the way, or null.
+// Adds `steps` steps to sums [32 rows of weight][32 of x], or begins them; with one panel [..][16 of x]. masking: makes
+// `w` on the way, or null.
 template <bool kTwo>
-void product(const char* w, const char* x, int64_t steps, float* sum, Masking* masking) {
-  const int64_t panel = steps * kBlock;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+void product(const char* w, const char* x, int64_t panel, int64_t steps, bool begins, float* sum, Masking* masking) {
   if (masking)
     for (int64_t s = 0; s < std::min(kAhead, steps); ++s) masking->step(s);
-  for (int64_t s = 0; s < steps; ++s, w += kBlock, x += kBlock) {
+  // The compiler does not know that tile loads read memory: what is stored stays before them.
+  asm volatile("" : : : "memory");
+  if (begins) {
+    _tile_zero(0);
+    _tile_zero(2);
+    _tile_zero(1);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sum, 4 * kRows);
+    _tile_loadd(2, sum + kPanel * kRows, 4 * kRows);
+    if constexpr (kTwo) {
+      _tile_loadd(1, sum + kPanel, 4 * kRows);
+      _tile_loadd(3, sum + kPanel * kRows + kPanel, 4 * kRows);
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s, w += 2 * kBlock, x += kBlock) {
     if (masking && s + kAhead < steps) masking->step(s + kAhead);
-    // The compiler does not know that tile loads read memory: what is stored stays before them.
     asm volatile("" : : : "memory");
     _tile_loadd(6, x, 64);
     _tile_loadd(4, w, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, w + panel, 64);
+    _tile_loadd(5, w + kBlock, 64);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (kTwo) {
       _tile_loadd(7, x + panel, 64);
@@ -111,50 +152,65 @@ void deliver(const MaskedLinear& p, const float* sum, int64_t first, int64_t m, 
   }
 }
 
+// Rows first .. last of weight against a chunk of pairs, whose panels lie one after the other at x.
+void multiply(const MaskedLinear& p, const Pair* pairs, int64_t count, const char* x, int64_t first, int64_t last, char* own) {
+  const Tiles configured;
+  const int64_t steps = (p.k + kDepth - 1) / kDepth, panel = steps * kBlock;
+  char* const masked = own;
+  float* const sums = reinterpret_cast<float*>(own + kSteps * 2 * kBlock);
+  for (int64_t row = first; row < last; row += kRows)
+    for (int64_t step = 0; step < steps; step += kSteps) {
+      const int64_t here = std::min(kSteps, steps - step);
+      const char* at = x + step * kBlock;
+      for (int64_t i = 0; i < count; ++i) {
+        const Pair& pair = pairs[i];
+        int64_t after = i + 1;
+        while (after < count && !pairs[after].masks) ++after;
+        Masking masking(p, pair.bits, after < count ? pairs[after].bits : nullptr, row, step, masked);
+        Masking* const make = pair.masks || i == 0 ? &masking : nullptr;
+        float* const sum = sums + i * kSums;
+        const bool two = pair.rows > kPanel;
+        if (two)
+          product<true>(masked, at, panel, here, step == 0, sum, make);
+        else
+          product<false>(masked, at, panel, here, step == 0, sum, make);
+        at += (two ? 2 : 1) * panel;
+        if (step + here == steps) deliver(p, sum, row, pair.first, pair.rows);
+      }
+    }
+}
+
 }  // namespace
 
 void masked_linear(const MaskedLinear& p, int threads) {
   if (p.dtype != DType::bf16) return avx512::table.masked_linear(p, threads);
   const int64_t steps = (p.k + kDepth - 1) / kDepth, panel = steps * kBlock;
-  int64_t panels = 0;
-  for (int64_t g = 0; g < p.groups; ++g) panels += (p.rows[g].last - p.rows[g].first + kPanel - 1) / kPanel;
-  // Rows of weight that are masked at once, by each thread for itself.
-  const int64_t wide = std::max<int64_t>(1, kMaskedBytes / (2 * panel)) * kRows;
-  const int64_t own = wide / kPanel * panel + 4 * kRows * kRows;
-  char* const packed = static_cast<char*>(scratch(panels * panel + threads * own));
-  std::vector<RowGroup> tiles;
+  std::vector<Pair> pairs;
   for (int64_t g = 0; g < p.groups; ++g)
-    for (int64_t m = p.rows[g].first; m < p.rows[g].last; m += kPanel)
-      tiles.push_back({p.rows[g].bits, m, std::min(m + kPanel, p.rows[g].last)});
+    for (int64_t m = p.rows[g].first; m < p.rows[g].last; m += kRows)
+      pairs.push_back({p.rows[g].bits, m, std::min(kRows, p.rows[g].last - m), m == p.rows[g].first});
+  const int64_t total = static_cast<int64_t>(pairs.size());
+  const int64_t most = std::min(total, std::max<int64_t>(4, kChunkBytes / (2 * panel)));
+  const int64_t own = kSteps * 2 * kBlock + most * kSums * static_cast<int64_t>(sizeof(float));
+  char* const packed = static_cast<char*>(scratch(most * 2 * panel + threads * own));
 
-  parallel(panels, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      pack(static_cast<const uint16_t*>(p.x) + tiles[i].first * p.x_stride, p.x_stride, tiles[i].last - tiles[i].first, p.k,
-           packed + i * panel);
-  });
-  parallel(p.n, kRows, threads, [&](int64_t first, int64_t last) {
-    const Tiles configured;
-    // Which share of parallel()'s this is: its own place in the scratch memory.
+  for (int64_t begin = 0; begin < total; begin += most) {
+    const int64_t count = std::min(most, total - begin);
+    std::vector<Pair> panels;  // of up to 16 rows
+    for (int64_t i = begin; i < begin + count; ++i)
+      for (int64_t m = 0; m < pairs[i].rows; m += kPanel)
+        panels.push_back({nullptr, pairs[i].first + m, std::min(kPanel, pairs[i].rows - m), false});
+    parallel(panels.size(), 1, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        pack(static_cast<const uint16_t*>(p.x) + panels[i].first * p.x_stride, p.x_stride, panels[i].rows, p.k, packed + i * panel);
+    });
     const int64_t blocks = (p.n + kRows - 1) / kRows, shares = std::min<int64_t>(threads, blocks);
-    char* const masked = packed + panels * panel + (first / kRows * shares + blocks - 1) / blocks * own;
-    float* const sum = reinterpret_cast<float*>(masked + wide / kPanel * panel);
-    for (; first < last; first += wide) {
-      const int64_t end = std::min(last, first + wide);
-      const char* x = packed;
-      for (int64_t g = 0; g < p.groups; ++g)
-        for (int64_t m = p.rows[g].first; m < p.rows[g].last; m += kRows) {
-          const int64_t rows = std::min(kRows, p.rows[g].last - m);
-          char* w = masked;
-          for (int64_t row = first; row < end; row += kRows, w += 2 * panel) {
-            Masking masking(p, p.rows[g].bits, row, steps, w);
-            Masking* const make = m == p.rows[g].first ? &masking : nullptr;
-            rows > kPanel ? product<true>(w, x, steps, sum, make) : product<false>(w, x, steps, sum, make);
-            deliver(p, sum, row, m, rows);
-          }
-          x += (rows > kPanel ? 2 : 1) * panel;
-        }
-    }
-  });
+    parallel(p.n, kRows, threads, [&](int64_t first, int64_t last) {
+      // Which of parallel()'s shares this is: its own place in the scratch memory.
+      const int64_t share = (first / kRows * shares + blocks - 1) / blocks;
+      multiply(p, &pairs[begin], count, packed, first, last, packed + most * 2 * panel + share * own);
+    });
+  }
 }
 
 }  // namespace rmt::cpu::RMT_ISA
