@@ -2,7 +2,6 @@
 
 from .attention import FusedMaskedMultiheadAttention
 from .backward import backward
-from .bank import Answer, TaskBank, load
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .masked import Mask, MaskedModule, disabled, masks
 from .memory import keep_freed_memory
@@ -12,6 +11,7 @@ from .optim import MaskAdam
 from .select import Selection, clip_loss, select
 
 __version__ = "0.1.0"
+_LAZY = ("Answer", "TaskBank", "load")  # of rmt.bank, which training does not need
 __all__ = [
     "Answer",
     "FusedMaskedConv2d",
@@ -37,3 +37,11 @@ __all__ = [
     "masks",
     "select",
 ]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        from . import bank
+
+        return getattr(bank, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

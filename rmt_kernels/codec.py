@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .backends import native
 
 MAGIC, VERSION = b"RMTB", 1
 RAW, RICE = 0, 1
@@ -63,11 +62,12 @@ def encode_bits(bits: Tensor, in_features: int) -> bytes:
     """
     words, n, k = _words(bits, in_features)
     raw_bytes = -(-n * k // 8)
-    if native.extension is None:
+    extension = _extension()
+    if extension is None:
         code, payload = _rice(words, k)
     else:
         buffer = np.empty(raw_bytes, np.uint8)
-        code = _Code(*native.extension.cpu_rice_encode(words.ctypes.data, n, k, buffer.ctypes.data, raw_bytes))
+        code = _Code(*extension.cpu_rice_encode(words.ctypes.data, n, k, buffer.ctypes.data, raw_bytes))
         payload = buffer[: code.unary_bytes + code.remainder_bytes]
     if code.unary_bytes + code.remainder_bytes < raw_bytes:
         return _stream(RICE, code, n, k, payload.tobytes())
@@ -89,15 +89,22 @@ def decode_bits(data: bytes | bytearray | memoryview, *, limit: int = LIMIT) -> 
     payload = np.frombuffer(view, np.uint8, offset=HEADER_BYTES)
     if codec == RAW:
         words = _from_flat(payload, code.count, n, k)
-    elif native.extension is None:
+    elif (extension := _extension()) is None:
         words = _from_rice(payload, code, n, k)
     else:
         words = np.empty((n, checks.words(k)), np.uint32)
         # An empty array may have any address.
-        wrong = native.extension.cpu_rice_decode(payload.ctypes.data, *code, n, k, words.ctypes.data)
+        wrong = extension.cpu_rice_decode(payload.ctypes.data, *code, n, k, words.ctypes.data)
         if wrong:
             raise _wrong(wrong, code, n, k)
     return torch.from_numpy(words.view(np.int32)), k
+
+
+def _extension():
+    # Loaded with the first mask, not with the package.
+    from .backends import native
+
+    return native.extension
 
 
 def _stream(codec: int, code: _Code, n: int, k: int, payload: bytes) -> bytes:

@@ -271,7 +271,7 @@ def test_the_cuda_backend_obeys_the_table(monkeypatch):
     monkeypatch.setattr(cuda, "build_info", lambda: {"cuda": {"archs": ["code=sm_90a"]}})
     monkeypatch.setattr(cuda, "masked_weight", lambda w, b: (calls.append("made"), reference.masked_weight(w, b))[1])
     kernel = lambda x, w, b, *rest: (calls.append("bits"), reference.masked_linear(x, w, b, None, None))[1]  # noqa: E731
-    monkeypatch.setattr(cuda, "_small", kernel)
+    monkeypatch.setattr(cuda, "_small", lambda x, w, groups, *rest: kernel(x, w, groups[0][0]))
     monkeypatch.setattr(cuda, "masked_gemm", kernel)
     t = layer((100, 24, 40), torch.bfloat16)
     dense = reference.masked_weight(t["weight"], t["bits"])

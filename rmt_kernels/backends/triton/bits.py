@@ -16,13 +16,19 @@ def block_offsets(offs_a, offs_b, stride_a, stride_b):
 
 
 @triton.jit
-def load_words(bits_ptr, offs_n, first_word, N, words, COUNT: tl.constexpr, present=True):
+def load_words(
+    bits_ptr, offs_n, first_word, N, words, COUNT: tl.constexpr, present=True, OPTIONAL: tl.constexpr = False
+):  # fmt: skip
     # Compact, one load per word. A load broadcast to [BLOCK_N, BLOCK_K] would be pipelined as a dense int32 tile:
     # 2x the shared memory of a half-precision weight tile and 4-byte copies (kernels.md 1c).
     offs_w = first_word + tl.arange(0, COUNT)
-    # Outside the matrix the weight is 0 whatever its bits, so that only `present` asks for ones.
-    inside = block_mask(offs_n, offs_w, N, words) & present
-    return tl.load(bits_ptr + block_offsets(offs_n, offs_w, words, 1), mask=inside, other=-1)
+    inside = block_mask(offs_n, offs_w, N, words)
+    at = bits_ptr + block_offsets(offs_n, offs_w, words, 1)
+    # Outside the matrix the weight is 0 whatever its bits, so that only `present` asks for ones. A constant: the fill
+    # of ones costs registers that products without it need.
+    if OPTIONAL:
+        return tl.load(at, mask=inside & present, other=-1)
+    return tl.load(at, mask=inside, other=0)
 
 
 @triton.jit
@@ -46,17 +52,17 @@ def apply_mask(w_blk, lanes):
 @triton.jit
 def load_masked(
     weight_ptr, bits_ptr, offs_n, k0, N, K, words, stride_n, stride_k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    present=True,
+    present=True, OPTIONAL: tl.constexpr = False,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_K] of the masked weight, in the weight's dtype. k0 is a multiple of BLOCK_K.
 
-    present: False where bits_ptr points nowhere: every bit is on.
+    present: with OPTIONAL, False where bits_ptr points nowhere: every bit is on.
     """
     offs_k = k0 + tl.arange(0, BLOCK_K)
     inside = block_mask(offs_n, offs_k, N, K)
     w_blk = tl.load(weight_ptr + block_offsets(offs_n, offs_k, stride_n, stride_k), mask=inside, other=0.0)
     COUNT: tl.constexpr = (BLOCK_K + 31) // 32
-    words_blk = load_words(bits_ptr, offs_n, k0 // 32, N, words, COUNT, present)
+    words_blk = load_words(bits_ptr, offs_n, k0 // 32, N, words, COUNT, present, OPTIONAL)
     return apply_mask(w_blk, expand_words(words_blk, k0 % 32 if BLOCK_K < 32 else 0, BLOCK_N, BLOCK_K))
 
 

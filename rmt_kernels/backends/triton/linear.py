@@ -15,6 +15,7 @@ def _rows(
     x_ptr, weight_ptr, bits_ptr, bias_ptr, y_ptr, offs_m, end_m, offs_n, N, K, words,
     stride_xm, stride_xk, stride_wn, stride_wk,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, present=True,
+    OPTIONAL: tl.constexpr = False,
 ):  # fmt: skip
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, K, BLOCK_K):
@@ -22,8 +23,9 @@ def _rows(
         inside = block_mask(offs_m, offs_k, end_m, K)
         x_blk = tl.load(x_ptr + block_offsets(offs_m, offs_k, stride_xm, stride_xk), mask=inside, other=0.0)
         w_blk = load_masked(
-            weight_ptr, bits_ptr, offs_n, k0, N, K, words, stride_wn, stride_wk, BLOCK_N, BLOCK_K, present
-        )
+            weight_ptr, bits_ptr, offs_n, k0, N, K, words, stride_wn, stride_wk, BLOCK_N, BLOCK_K, present,
+            OPTIONAL,
+        )  # fmt: skip
         # The masked weight is the right operand: on sm_90 it then passes through shared memory. As the left one it
         # would stay in registers, which Triton 3.6 may overwrite under a pending wgmma (kernels.md 1c).
         acc = tl.dot(x_blk, w_blk.to(x_blk.dtype).T, acc, input_precision=PRECISION)
@@ -67,6 +69,7 @@ def grouped_masked_linear_kernel(
     _rows(
         x_ptr, weight_ptr, address.to(tl.pointer_type(tl.int32)), bias_ptr, y_ptr, offs_m, end, offs_n,
         N, K, words, stride_xm, stride_xk, stride_wn, stride_wk, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, address != 0,
+        True,
     )  # fmt: skip
 
 
