@@ -18,6 +18,7 @@ from rmt_kernels import backends, reference
 
 SHAPES = ("ViT-B mlp.c_proj", "ViT-B mlp.c_fc", "ViT-B attn.in_proj", "ViT-B attn.out_proj")
 TASKS, ROWS = (1, 4, 16, 32, 64), (1, 4, 16, 50)
+REFERENCE_ROWS = 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # R-AMT's masks after training: 2.56 % of the weights off.
 OFF = 0.0256
@@ -33,6 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="one layer, 16 tasks of 1 and 16 rows")
+    parser.add_argument("--tasks", type=int, nargs="+", default=TASKS)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of each task")
     parser.add_argument("--seconds", type=float, default=0.3, help="per row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -43,7 +46,7 @@ def main() -> None:
         "command": f"python bench/grouped.py --threads {args.threads}",
     }
     layers = SHAPES[:1] if args.quick else SHAPES
-    cases = [(t, m) for t in ((16,) if args.quick else TASKS) for m in ((1, 16) if args.quick else ROWS)]
+    cases = [(t, m) for t in ((16,) if args.quick else args.tasks) for m in ((1, 16) if args.quick else args.rows)]
     products, swaps = [], []
     with torch.no_grad(), harness.progress(len(DTYPES) * (len(layers) * len(cases) + len(PAIRS)), "timing") as bar:
         for dtype in DTYPES.values():
@@ -96,8 +99,9 @@ class Layer:
             "looped": lambda: torch.cat(
                 [rk.masked_linear(x[i : i + m], self.weight, words) for i, words in zip(offsets, bits)]
             ),
-            "reference": lambda: reference.grouped_masked_linear(x, self.weight, bits, None, offsets, False),
         }
+        if tasks * m <= REFERENCE_ROWS:  # it takes seconds for more
+            variants["reference"] = lambda: reference.grouped_masked_linear(x, self.weight, bits, None, offsets, False)
         truth = torch.cat([x[i : i + m].double() @ c.double().T for i, c in zip(offsets, self.folded)])
         results = {"folded": separate(0), **{name: run() for name, run in variants.items()}}
         error = {name: float((y.double() - truth).norm() / truth.norm()) for name, y in results.items()}
@@ -150,7 +154,7 @@ def swap(dtype: torch.dtype, flipped: float | None, device: torch.device, second
 
 
 def show(products: list[dict], swaps: list[dict]) -> None:
-    names = list(products[0]["ms"])
+    names = ["rmt", "invariant", "looped", "folded", "dense"]
     lines = []
     for r in products:
         ms = {name: r["ms"][name]["median"] for name in names}
