@@ -11,6 +11,7 @@ memory  what a bank and its tasks add to the resident memory of a process of its
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -169,19 +170,25 @@ def memory(args: argparse.Namespace, base: dict) -> list[dict]:
     return [base | {"question": "memory", "model": args.model} | row]
 
 
+def trim() -> None:
+    """Gives freed memory back to the system, so that what is resident is what is held."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def hold(name: str, count: int) -> dict[str, float]:
     """In a process that has done nothing else: resident bytes that a bank with tasks has added, after a mixed call."""
     shapes = shapes_of(name)
-    # Once for whatever stays after its first use: code, pools, thread stacks.
-    x = torch.randn(4, 3, *image_size(make_model(name)))
-    filled(make_model(name), [make_task(shapes, 0)]).encode_image(x, ["0"] * 4)
-    gc.collect()
+    x = torch.randn(4, 3, *image_size(skeleton(name)))
+    # The libraries' own memory comes with their first use.
+    torch.nn.functional.linear(torch.randn(64, 64), torch.randn(64, 64))
+    trim()
     before = resident("VmRSS")
     bank = rmt.TaskBank(make_model(name))
     for seed in range(count):
         bank.add(str(seed), make_task(shapes, seed), allow_base_mismatch=True)
     bank.encode_image(x, [str(i % count) for i in range(4)])
-    gc.collect()
+    trim()
     now = resident("VmRSS")
     bits = sum(4 * n * -(-k // 32) for n, k in shapes.values())
     held = bank.memory()

@@ -57,10 +57,11 @@ class Models(Strategy):
 
     def __init__(self, bank: rmt.TaskBank) -> None:
         super().__init__(bank)
+        self.dtype = bank.logit_scale.dtype
         self.towers = {name: bank.merge_and_unload(name).visual for name in bank.tasks}
 
     def encode(self, x: Tensor, name: str) -> Tensor:
-        return self.towers[name](x)
+        return self.towers[name](x.to(self.dtype))
 
 
 def main() -> int:
@@ -69,17 +70,31 @@ def main() -> int:
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--precision", default="fp32")
     args = parser.parse_args()
     if args.variant == MIXED:
         from rmt import cli
 
-        return cli.main(["serve", *args.tasks, "--model", args.model, "--port", "0", "--max-batch", str(MAX_BATCH)])
+        return cli.main(
+            [
+                "serve",
+                *args.tasks,
+                "--model",
+                args.model,
+                "--port",
+                "0",
+                "--max-batch",
+                str(MAX_BATCH),
+                "--precision",
+                args.precision,
+            ]
+        )
     from rmt.serve.command import run
     from rmt.serve.service import Options, Service
 
     rmt.keep_freed_memory()
     tasks = {Path(path).name: path for path in args.tasks}
-    bank = rmt.load(args.model, tasks=tasks, device="cpu", kept=args.variant == SWAP)
+    bank = rmt.load(args.model, tasks=tasks, device="cpu", kept=args.variant == SWAP, precision=args.precision)
     strategy = Swap(bank) if args.variant == SWAP else Models(bank)
     options = Options(
         max_batch=MAX_BATCH if args.variant == GROUPED else 1, max_wait_ms=2.0 if args.variant == GROUPED else 0.0
