@@ -23,7 +23,7 @@ GROUPED = ["tests/kernels/test_grouped.py"]
 WEIGHT_GRAD = ["tests/kernels/test_weight_grad.py", "-k", "not narrower"]
 UPDATE = ["tests/kernels/test_update.py", "-k", "cpu"]
 EMULATED = ["tests/kernels/test_update.py", "-k", "emulator"]
-GROUPED = ["tests/kernels/test_cuda_grouped.py", "-k", "emulator and (test_grouped or invariant)"]
+CUDA_GROUPED = ["tests/kernels/test_cuda_grouped.py", "-k", "emulator and (test_grouped or invariant)"]
 SWAP = ["tests/kernels/test_swap.py", "-k", "emulator"]
 OPS = ["tests/kernels/test_ops.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
@@ -42,10 +42,22 @@ COMPOSE = ["tests/rmt/test_compose.py"]
 COMPARE = ["tests/rmt/test_compare.py"]
 STACKING = ["tests/rmt/test_stacking.py"]
 HUB = ["tests/rmt/test_hub.py"]
+BANK = ["tests/rmt/test_bank.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
+    ("answers in the order of the tasks", "rmt/bank.py",
+     "index_copy_(0, index, features)", "copy_(features)", BANK),
+    ("a swap does not wait", "rmt/bank.py", "with self._swap.writing():", "with contextlib.nullcontext():", BANK),
+    ("a task of another backbone", "rmt/bank_tasks.py", "got != task.base_sha256", "got == task.base_sha256", BANK),
+    ("a swap leaves what has nothing off", "rmt/bank_layers.py",
+     "news.append(bits[key] if masked else", "news.append(bits[key] if masked else buffer.clone() if not masked else",
+     BANK),
+    ("one product for all rows of the projection", "rmt/bank_layers.py",
+     "torch.cat([func(row, args[1]) for row in args[0].split(1)])", "func(*args)", BANK),
+    ("AMX sums begin anew with every block", "csrc/cpu/masked_linear_amx.cpp", "if (begins) {", "if (true) {",
+     GROUPED),
     ("a removed task's rows are run", "rmt/serve/batching.py", "known = {*self.bank.tasks, BASE}",
      "known = {task for job, row in batch for task in [job.rows[row][1]]}", SERVE_TASKS),
     ("a batch runs over", "rmt/serve/batching.py", "else self.max_batch - len(batch)",
@@ -98,11 +110,11 @@ MUTATIONS = [
     ("exponent of half a block", "csrc/cuda/mask_update.cu",
      "max(mine[0], largest[0][warp ^ 1])", "max(mine[0], largest[0][warp])", EMULATED),
     ("a group without a mask loses a column", "csrc/cuda/masked_linear_small.cu",
-     "nullptr ? 0xFFu : bits[low_byte]", "nullptr ? 0xFEu : bits[low_byte]", GROUPED),
+     "nullptr ? 0xFFu : bits[low_byte]", "nullptr ? 0xFEu : bits[low_byte]", CUDA_GROUPED),
     ("every tile reads its group's first rows", "csrc/cuda/masked_linear_small.cu",
-     "(bits[group]), row * x_stride", "(bits[group]), starts[group] * x_stride", GROUPED),
+     "(bits[group]), row * x_stride", "(bits[group]), starts[group] * x_stride", CUDA_GROUPED),
     ("invariant rows leave the kernel where they are many", "rmt_kernels/backends/cuda.py",
-     "    if invariant:\n        return", "    if invariant and m <= SMALL_M:\n        return", GROUPED),
+     "    if invariant:\n        return", "    if invariant and m <= SMALL_M:\n        return", CUDA_GROUPED),
     ("a swap misses words", "csrc/cuda/masked_weight.cu", "layer.old[word] == bits", "layer.old[word] <= bits", SWAP),
     ("exp_avg_sq rounded to 0", "rmt_kernels/reference.py", "if signed else size > 0", "if signed else size > 1",
      UPDATE),
