@@ -182,10 +182,11 @@ def test_inputs_are_left_alone():
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_narrower_instruction_sets_pass_the_same_tests(isa):
-    if isa == "avx2" and cpu.ISA == "baseline":
-        pytest.skip("this processor has no AVX2")
+    order = ("baseline", "avx2", "avx512", "amx")
+    if order.index(isa) >= order.index(cpu.ISA):
+        pytest.skip(f"this processor runs {cpu.ISA}: nothing narrower, or nothing else")
     # The largest shapes exercise nothing that ragged and whole words do not.
     small = "not M16 and not M50 and not narrower and not emulator and not drift"
     files = [__file__, *(str(Path(__file__).with_name(name)) for name in ("test_grouped.py", "test_update.py"))]
