@@ -27,7 +27,7 @@ def load_words(
     # Outside the matrix the weight is 0 whatever its bits, so that only `present` asks for ones. A constant: the fill
     # of ones costs registers that products without it need.
     if OPTIONAL:
-        return tl.load(at, mask=inside & present, other=-1)
+        return tl.load(at, mask=(inside & present) != 0, other=-1)
     return tl.load(at, mask=inside, other=0)
 
 
