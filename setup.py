@@ -41,7 +41,7 @@ ISA_SOURCES = {
     "amx": ["masked_linear_amx", "weight_grad"],
 }
 # No -ffast-math: NaN and signed zero must behave as in the reference. -fno-math-errno lets sqrt become an instruction.
-# gcc 12 takes its own AVX-512 headers for uninitialized, thousands of times, and vectors in return values for an ABI change.
+# gcc 12 takes its AVX-512 headers for uninitialized, thousands of times, and returned vectors for an ABI change.
 CXX_FLAGS = [
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall",
     "-Wno-maybe-uninitialized", "-Wno-psabi",
