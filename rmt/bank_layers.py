@@ -33,7 +33,7 @@ class Plan:
 
     bits: one a group, {key: (N, ceil(K / 32)) int32}, of a key that is missing every weight is on. ends: images before
     each group, and their number. invariant: as for `rmt_kernels.grouped_masked_linear`. kept: the layers' own masked
-    weights are this task's.
+    weights are this task's; a layer that came after the last swap has none, and goes by the bits.
     """
 
     bits: tuple[Bits, ...]
@@ -107,7 +107,7 @@ class BankModule:
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         plan = _plan() or self._own(prefix)
-        if plan.kept and x.dtype == weight.dtype:
+        if plan.kept and prefix in self._dense and x.dtype == weight.dtype:
             return rk.reference.linear(x, self._dense[prefix], bias)
         words, ends = plan.groups(self.keys[prefix])
         if words == [None] and not plan.invariant and x.dtype == weight.dtype:
@@ -131,7 +131,7 @@ class BankModule:
         """The weight in its own shape with the off weights 0, for products that are not a linear layer's."""
         weight = self._parameters[prefix + "weight"]
         plan = _plan() or self._own(prefix)
-        if plan.kept:
+        if plan.kept and prefix in self._dense:
             return self._dense[prefix].view_as(weight)
         words, _ = plan.groups(self.keys[prefix])
         if len(words) > 1:

@@ -194,6 +194,16 @@ def test_kept_weights_are_the_merged_models_bit_for_bit(files, ordinary_path):
     assert torch.equal(got, files[1]["all"].encode_image(x))
 
 
+def test_a_task_that_brings_new_layers_leaves_the_active_one_as_it_was(files):
+    bank, x = rmt.TaskBank(tiny.model(), kept=True), images(3)
+    bank.load(files[0] / "attention")
+    bank.set_adapter("attention")
+    bank.load(files[0] / "mlp")
+    assert near(bank.encode_image(x), files[1]["attention"].encode_image(x))
+    bank.set_adapter("mlp")
+    assert near(bank.encode_image(x), files[1]["mlp"].encode_image(x))
+
+
 def test_a_swap_rewrites_buffers_where_they_are_and_compiles_nothing(bank, files):
     compiled, x = [], images(2)
 
