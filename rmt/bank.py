@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import clip
-from .bank_layers import Plan, RowByRow, activate, running
-from .bank_swap import bank_modules, open_weights, plain_copy
+from .bank_layers import Plan, running
+from .bank_swap import activate, bank_modules, open_invariant, open_weights, plain_copy
 from .bank_tasks import BASE, BaseWeights, Entry, ReadWrite, need_name
 from .checkpoint import Task, load_task
 from .config import UserError
 from .hub_id import is_id, split_id, task_source
 from .masked import masks
+from .wrapping import Wrapping
 
 # Banks whose tasks are off in this thread, by id.
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("rmt_bank_disabled", default=frozenset())
@@ -43,8 +44,8 @@ class Answer(NamedTuple):
     probability: float
 
 
-class TaskBank(nn.Module):
-    """A CLIP model that serves many tasks. Calls and attributes that are not its own are the model's.
+class TaskBank(Wrapping):
+    """A CLIP model that serves many tasks. Calls and attributes that are not its own are the model's, with the active task.
 
     The model is changed in place: its masked modules become bank layers, which keep its weights and state-dict names.
     Every method may be called from several threads at once. Features have no graph. `bank.bfloat16()` rounds the model,
@@ -82,20 +83,7 @@ class TaskBank(nn.Module):
         self._scale = float(model.logit_scale.detach().float().exp())
         self.training = False
         if invariant:
-            self._make_invariant()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # `model` itself is missing while pickle or copy builds an object.
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **options: Any) -> Any:
-        """The model's own, with the active task."""
-        return self.model(*args, **options)
+            open_invariant(model)
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
@@ -203,9 +191,7 @@ class TaskBank(nn.Module):
 
         Without names: of the active task. Raises UserError for unknown names and another number of them.
         """
-        if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-            got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            raise UserError(f"images must be a floating point tensor (B, 3, H, W), got {got}")
+        _need_images(x)
         if adapter_names is None:
             return self._encode_active(x)
         return self._encode(x, self._rows(adapter_names, len(x)))
@@ -213,6 +199,7 @@ class TaskBank(nn.Module):
     @torch.no_grad()
     def probabilities(self, x: Tensor, adapter_names: Sequence[str]) -> list[Tensor]:
         """(B, 3, H, W) images, B names -> B tensors (C,) fp32, of each image's task's classes. Raises UserError."""
+        _need_images(x)
         return self._probabilities(x, self._rows(adapter_names, len(x)))
 
     @torch.no_grad()
@@ -221,6 +208,7 @@ class TaskBank(nn.Module):
 
         Raises: UserError for unknown names, and for a task without class names or text features.
         """
+        _need_images(x)
         if adapter_names is None:
             adapter_names = [self._current() or BASE] * len(x)
         rows = self._rows(adapter_names, len(x))
@@ -310,23 +298,11 @@ class TaskBank(nn.Module):
         if name in self._entries and not replace:
             raise UserError(f"the bank has a task {name!r} already: replace=True puts another in its place")
 
-    def _make_invariant(self) -> None:
-        visual = getattr(self.model, "visual", None)
-        linear = {
-            f"visual.{name}": module
-            for name, module in (visual.named_modules() if isinstance(visual, nn.Module) else ())
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.MultiheadAttention)
-        }
-        plain = type(visual).__name__ == "VisionTransformer" and getattr(visual, "attn_pool", None) is None
-        if not plain or not isinstance(visual.proj, nn.Parameter):
-            raise UserError(
-                "invariant answers need open_clip's own ViT image tower, with a projection and without attention "
-                f"pooling, got {type(visual).__name__}"
-            )
-        for name, module in linear.items():
-            prefix = "in_proj_" if isinstance(module, nn.MultiheadAttention) else ""
-            open_weights(self.model, [f"{name}.{prefix}weight"])
-        visual.proj = RowByRow(visual.proj.detach(), False)
+
+def _need_images(x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"images must be a floating point tensor (B, 3, H, W), got {got}")
 
 
 def load(

@@ -8,7 +8,7 @@ are rewritten in place when another task becomes active.
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
@@ -158,27 +158,6 @@ class BankModule:
         super()._apply(fn, recurse)
         self._dense = {prefix: fn(dense) for prefix, dense in self._dense.items()}
         return self
-
-
-def activate(modules: Sequence[BankModule], bits: Bits, kept: bool) -> None:
-    """Makes a task the one whose bits the layers' buffers hold. In place: shapes and addresses stay.
-
-    One call for all bits, and with kept one for all masked weights, of which only the words that differ are rewritten.
-    """
-    layers = [(module, prefix, key) for module in modules for prefix, key in module.keys.items()]
-    buffers = [module._buffers[prefix + "bits"] for module, prefix, _ in layers]
-    weights = [module._weight(prefix) for module, prefix, _ in layers]
-    news = []
-    for (module, prefix, key), buffer, weight in zip(layers, buffers, weights):
-        masked = bits.get(key) is not None
-        (module._masking.add if masked else module._masking.discard)(prefix)
-        news.append(bits[key] if masked else all_on(*weight.shape, weight.device))
-        if kept and prefix not in module._dense:
-            module._dense[prefix] = rk.masked_weight(weight, buffer)
-    if kept and layers:
-        rk.masked_weights_([module._dense[prefix] for module, prefix, _ in layers], weights, news, buffers)
-    if layers:
-        torch._foreach_copy_(buffers, news)
 
 
 def _product(x: Tensor, weight: Tensor, words: Tensor | None, bias: Tensor | None) -> Tensor:

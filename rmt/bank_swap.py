@@ -1,10 +1,13 @@
-"""Bank layers into a model, and out of a copy of it."""
+"""Bank layers into a model, another task into them, and a plain model out."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+
+import rmt_kernels as rk
 
 from .bank_layers import (
     BankConv2d,
@@ -13,6 +16,7 @@ from .bank_layers import (
     BankMultiheadAttention,
     Bits,
     RowByRow,
+    all_on,
     by_weight,
     split_tasks,
 )
@@ -41,7 +45,11 @@ def open_weights(model: nn.Module, keys: Iterable[str]) -> None:
     for name, module in made.items():
         parent, _, child = name.rpartition(".")
         # An attention's out_proj is made beside it, and belongs into the new one.
-        (made.get(parent) or model.get_submodule(parent))._modules[child] = module
+        holder = made.get(parent) or model.get_submodule(parent)
+        holder._modules[child] = module
+        # Its forward reads the weights of its parts, and calls none of them.
+        if is_pool(holder) and "forward" not in holder.__dict__:
+            holder.forward = split_tasks(type(holder).forward).__get__(holder)
 
 
 def _opened(model: nn.Module, owner: str, prefix: str) -> dict[str, nn.Module]:
@@ -57,9 +65,6 @@ def _opened(model: nn.Module, owner: str, prefix: str) -> dict[str, nn.Module]:
         attention = _make(module, BankMultiheadAttention, owner, dim)
         return {owner: attention, f"{owner}.out_proj": _make(module.out_proj, BankLinear, f"{owner}.out_proj", dim)}
     if is_pool(parent):
-        # Its forward reads the weights of its parts, and calls none of them.
-        if "forward" not in parent.__dict__:
-            parent.forward = split_tasks(type(parent).forward).__get__(parent)
         return {owner: _make(module, by_weight(type(module), ("",)), owner, 0)}
     if isinstance(module, nn.Linear) and own is nn.Linear.forward:
         return {owner: _make(module, BankLinear, owner, dim)}
@@ -87,9 +92,49 @@ def _batch_dim(model: nn.Module, name: str) -> int:
     return 0
 
 
+def open_invariant(model: nn.Module) -> None:
+    """Bank layers for all products of the image tower, as `TaskBank(invariant=True)` needs them.
+
+    Raises: UserError for a tower that has others than linear layers, attention and a patch convolution.
+    """
+    visual = getattr(model, "visual", None)
+    plain = type(visual).__name__ == "VisionTransformer" and getattr(visual, "attn_pool", None) is None
+    if not plain or not isinstance(visual.proj, nn.Parameter):
+        raise UserError(
+            "invariant answers need open_clip's own ViT image tower, with a projection and without attention pooling, "
+            f"got {type(visual).__name__}"
+        )
+    kinds = nn.Linear | nn.Conv2d | nn.MultiheadAttention
+    for name in [name for name, module in visual.named_modules() if isinstance(module, kinds)]:
+        prefix = "in_proj_" if isinstance(visual.get_submodule(name), nn.MultiheadAttention) else ""
+        open_weights(model, [f"visual.{name}.{prefix}weight"])
+    visual.proj = RowByRow(visual.proj.detach(), False)
+
+
 def bank_modules(model: nn.Module) -> list[BankModule]:
     """In module order."""
     return [module for module in model.modules() if isinstance(module, BankModule)]
+
+
+def activate(modules: Sequence[BankModule], bits: Bits, kept: bool) -> None:
+    """Makes a task the one whose bits the layers' buffers hold. In place: shapes and addresses stay.
+
+    One call for all bits, and with kept one for all masked weights, of which only the words that differ are rewritten.
+    """
+    layers = [(module, prefix, key) for module in modules for prefix, key in module.keys.items()]
+    buffers = [module._buffers[prefix + "bits"] for module, prefix, _ in layers]
+    weights = [module._weight(prefix) for module, prefix, _ in layers]
+    news = []
+    for (module, prefix, key), buffer, weight in zip(layers, buffers, weights):
+        masked = bits.get(key) is not None
+        (module._masking.add if masked else module._masking.discard)(prefix)
+        news.append(bits[key] if masked else all_on(*weight.shape, weight.device))
+        if kept and prefix not in module._dense:
+            module._dense[prefix] = rk.masked_weight(weight, buffer)
+    if kept and layers:
+        rk.masked_weights_([module._dense[prefix] for module, prefix, _ in layers], weights, news, buffers)
+    if layers:
+        torch._foreach_copy_(buffers, news)
 
 
 def plain_copy(model: nn.Module, bits: Bits) -> nn.Module:

@@ -22,6 +22,7 @@ from .config import MaskConfig, RunConfig, build
 from .hub_id import task_source
 from .masked import Mask, disabled, masks
 from .masking import apply_keys, apply_masks, remove_masks
+from .wrapping import Wrapping
 
 
 def get_mask_model(model: nn.Module, config: MaskConfig | None = None, selection: Any = None) -> "MaskModel":
@@ -34,7 +35,7 @@ def get_mask_model(model: nn.Module, config: MaskConfig | None = None, selection
     return MaskModel(model, config)
 
 
-class MaskModel(nn.Module):
+class MaskModel(Wrapping):
     """A masked model and what its masks are. Calls and attributes (`encode_image`, `logit_scale`) are the model's own.
 
     BatchNorm layers stay in eval mode through `train()`, as in the official code: their statistics are the model's, and
@@ -49,18 +50,6 @@ class MaskModel(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.training = model.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # `model` itself is missing while pickle or copy builds an object.
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "MaskModel":
         super().train(mode)

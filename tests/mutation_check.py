@@ -51,7 +51,7 @@ MUTATIONS = [
      "index_copy_(0, index, features)", "copy_(features)", BANK),
     ("a swap does not wait", "rmt/bank.py", "with self._swap.writing():", "with contextlib.nullcontext():", BANK),
     ("a task of another backbone", "rmt/bank_tasks.py", "got != task.base_sha256", "got == task.base_sha256", BANK),
-    ("a swap leaves what has nothing off", "rmt/bank_layers.py",
+    ("a swap leaves what has nothing off", "rmt/bank_swap.py",
      "news.append(bits[key] if masked else", "news.append(bits[key] if masked else buffer.clone() if not masked else",
      BANK),
     ("one product for all rows of the projection", "rmt/bank_layers.py",
