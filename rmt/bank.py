@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class TaskBank(Wrapping):
-    """A CLIP model that serves many tasks. Calls and attributes that are not its own are the model's, with the active task.
+    """A CLIP model that serves many tasks. Calls and attributes that are not its own are the model's, with one active.
 
     The model is changed in place: its masked modules become bank layers, which keep its weights and state-dict names.
     Every method may be called from several threads at once. Features have no graph. `bank.bfloat16()` rounds the model,

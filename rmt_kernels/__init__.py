@@ -3,7 +3,7 @@
 from . import reference
 from .backends import BackendUnavailable, explain, use_backend
 from .codec import decode_bits, encode_bits
-from .ops import (
+from .functions import (
     gradient_dropout,
     grouped_masked_linear,
     mask_grad,
@@ -17,8 +17,8 @@ from .ops import (
     rng_state,
     unpack_bits,
     weight_grad_,
-    weight_gradients_to,
 )
+from .ops import weight_gradients_to
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
 from .swap import masked_weights_
 

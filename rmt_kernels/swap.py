@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import backends, checks, ops
+from . import backends, checks, functions
 
 
 def masked_weights_(
@@ -30,7 +30,7 @@ def masked_weights_(
         backend = backends.load(backends.choose("masked_weight_", device.type, layers[0]))
         if not hasattr(backend, "masked_weights_"):
             for out, weight, words, old in layers:
-                ops.masked_weight_(out, weight, words, old=old)
+                functions.masked_weight_(out, weight, words, old=old)
             continue
         for layer in layers:
             _need_layer(*layer)

@@ -13,6 +13,7 @@ FLOORS = {
     "rmt_kernels.reference": 1,
     "rmt_kernels.checks": 2,
     "rmt_kernels.ops": 3,
+    "rmt_kernels.functions": 3,
     "rmt_kernels": 3,
     "rmt.compact": 4,
     "rmt.masked": 4,
