@@ -81,9 +81,17 @@ class TrainBatches:
         """Batch number `step`, counted from 0 over all epochs: image (B, 3, H, W) fp32, label (B,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
+        return self._batch(chosen, epoch)
+
+    def _batch(self, chosen: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
         pixels = np.stack(list(self._pool.map(lambda index: self._pixels(index, epoch), chosen)))
         image = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)
         return image.sub_(self.mean).div_(self.std), torch.tensor([self.items[i].label for i in chosen])
+
+    def whole_epoch(self, epoch: int, batch: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images as epoch `epoch` crops them, in their own order, none dropped: batches as of a call."""
+        for start in range(0, len(self.items), batch):
+            yield self._batch(range(start, min(start + batch, len(self.items))), epoch)
 
     def _check(self, item: Item) -> None:
         decode(self._cache.read(item.path), item.path)
