@@ -22,7 +22,8 @@ SHORT = {
     for part, kind in {"mask": MaskConfig, "select": SelectConfig, "train": TrainConfig}.items()
     for field in dataclasses.fields(kind)
 }
-LISTS = ("shots", "seeds", "mask.targets", "mask.towers", "mask.modules")
+LISTS = ("shots", "seeds", "methods", "mask.targets", "mask.towers", "mask.modules")
+TABLES = ("rates",)
 INTERRUPTED = 130
 
 
@@ -37,6 +38,12 @@ def expand(argv: Sequence[str]) -> list[str]:
         name, equals, value = token[2:].partition("=")
         name = name.replace("-", "_")
         name = SHORT.get(name, name)
+        if name in TABLES and not equals:
+            values = []
+            while rest and not rest[0].startswith("-"):
+                values.append(rest.pop(0))
+            done += [f"--{name}", *_as_table(values)]
+            continue
         if name not in LISTS:
             done.append(f"--{name}{equals}{value}")
             continue
@@ -54,6 +61,14 @@ def _as_list(name: str, tokens: list[str]) -> list[str]:
     if name == "shots" and len(values) == 1:
         return values
     return ["[" + ",".join(v if re.fullmatch(r"-?\d+", v) else json.dumps(v) for v in values) + "]"]
+
+
+def _as_table(tokens: list[str]) -> list[str]:
+    """`lora=1e-3 ln=2e-3` as JSON; anything else is left for the parser to refuse."""
+    pairs = [token.partition("=") for token in tokens]
+    if not all(name and equals and re.fullmatch(r"[-+.\deE]+", value) for name, equals, value in pairs):
+        return [" ".join(tokens)]
+    return ["{" + ", ".join(f"{json.dumps(name)}: {value}" for name, _, value in pairs) + "}"]
 
 
 def reason(error: ArgumentError, known: Sequence[str]) -> str:

@@ -56,7 +56,7 @@ def run(config: RunConfig, out: str | Path) -> dict:
     _say_what_follows(setup, made, batches)
     zero_shot = setup.test(frozen=True)
     print(f"zero-shot  {zero_shot}", flush=True)
-    seconds = _tune(setup, config, made, batches, out)
+    seconds = tune_masks(setup, config, made, batches, out)
     result = _finish(setup, config, out, zero_shot, seconds)
     write_json(out / RESULT_FILE, result)
     return result
@@ -99,8 +99,8 @@ def _say_what_follows(setup: Setup, made: Plan, batches: TrainBatches) -> None:
         print(f"schedule   {made.message}")
 
 
-def _tune(setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, out: Path) -> float:
-    """Returns the seconds that it took, of all calls."""
+def tune_masks(setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, out: Path) -> float:
+    """The loop with a resume file and metrics.jsonl in `out`. Returns the seconds that it took, of all calls."""
     chosen = b"".join(m.selected.cpu().numpy().tobytes() for m in setup.masks if m.selected is not None)
     fingerprint = {
         "config": to_yaml(config), "images": indices_sha256(setup.split.train, config), "steps": str(len(made.rates)),

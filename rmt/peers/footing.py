@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import clip
 from ..config import RunConfig, UserError
 from ..data import Cache, Split, TrainBatches, eval_batches
 from ..progress import progress
+from .memory import PeakMemory
 from .method import State, cosine_logits
 
 # Preprocessed images that are kept; beyond, they are decoded anew for every encoder.
@@ -41,14 +43,17 @@ class Shelf:
         # Of each key: seconds without those of what it was made of, and the keys of all that.
         self._costs: dict[tuple, tuple[float, frozenset[tuple]]] = {}
         self._tallies: list[Tally] = []
+        self._watch: PeakMemory | None = None
 
     def get(self, key: tuple, label: str, make: Callable[[], Any]) -> Any:
         """The value of `key`, made where it is missing. label: what a run says that it reused."""
         known = key in self._kept
         if not known:
             start = time.perf_counter()
-            with self.tally() as inner:
+            watch, self._watch = self._watch, None
+            with self.tally() as inner, watch.paused() if watch else contextlib.nullcontext():
                 value = make()
+            self._watch = watch
             seconds = time.perf_counter() - start
             self.put(key, value, seconds - inner.made, inner.used)
             for tally in self._tallies[-1:]:
@@ -76,6 +81,15 @@ class Shelf:
         finally:
             self._tallies.pop()
 
+    @contextlib.contextmanager
+    def watched(self, peak: PeakMemory) -> Iterator[None]:
+        """Inside, what making shared values takes is not counted by `peak`."""
+        self._watch = peak
+        try:
+            yield
+        finally:
+            self._watch = None
+
     def drop(self, unwanted: Callable[[tuple], bool]) -> None:
         """Forgets the values whose key is `unwanted`; what they cost is remembered."""
         self._kept = {key: value for key, value in self._kept.items() if not unwanted(key)}
@@ -86,7 +100,7 @@ class Footing:
     """What the methods of one sample stand on.
 
     Args:
-        config: a resolved one: seed, batch, precision and augmentation of all methods are its own.
+        config: as asked for: seed, batch, precision and augmentation of all methods are its own, the rest the masks'.
         loaded: the plain model. split: the sample. text: of its class names, zero-shot.
         shelf: features and images; those of the test images outlive the sample.
         views: augmented passes over the training images whose frozen features are kept for methods that train on
@@ -217,3 +231,9 @@ class Footing:
 def encode(model: nn.Module, image: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, D) fp32 features, not normalised."""
     return model.encode_image(image).float()
+
+
+@torch.no_grad()
+def class_vectors(footing: Footing, model: nn.Module) -> Tensor:
+    """(C, D) class vectors of length 1 of the template's texts, by `model`'s own text tower."""
+    return F.normalize(model.encode_text(footing.text.tokens).float(), dim=-1)

@@ -38,6 +38,7 @@ class Fit:
     stored: all that must be kept beside the base model and the class names. trained: numbers that were fitted.
     chosen: hyperparameters by name, those that validation images chose too. steps: gradient steps, of how many the
         authors take (None: no such number). files: bytes in files that the method wrote itself, in place of `stored`.
+    facts: more of the result, by its keys. notes: what a reader of the table should know.
     """
 
     stored: dict[str, Tensor]
@@ -46,6 +47,7 @@ class Fit:
     steps: int = 0
     published_steps: int | None = None
     files: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -49,8 +49,8 @@ class Stack(NamedTuple):
 
     @property
     def joint(self) -> bool:
-        """Whether masks and context are trained together."""
-        return sum(part in MASKS for part in self.parts) == 1 and sum(part in JOINT for part in self.parts) == 1
+        """Whether it begins with masks and context that are trained together."""
+        return len(self.parts) > 1 and self.parts[0] in MASKS and self.parts[1] in JOINT
 
 
 def method(name: str) -> Method:

@@ -6,7 +6,7 @@ from pathlib import Path
 import tiny
 
 from rmt import clip
-from rmt.config import RunConfig, TrainConfig, resolve
+from rmt.config import RunConfig, TrainConfig
 from rmt.data import Cache
 from rmt.evaluate import sampled
 from rmt.peers.footing import Footing, Shelf
@@ -21,7 +21,7 @@ def footing(folder: Path, *, shots: int = 4, seed: int = 1, val: int = 4, **opti
     if val:  # as many as few_shot takes, so that it has nothing to warn of
         tiny.images(folder / "data" / "val", val, seed=3)
     train = TrainConfig(batch=8, log_every=5, lr=1e-3, steps=10)
-    config = resolve(RunConfig(name, data=str(data), shots=shots, seed=seed, device="cpu", train=train))
+    config = RunConfig(name, data=str(data), shots=shots, seed=seed, device="cpu", train=train)
     split, loaded = sampled(config), clip.load(name, None, None, clip.pick_device("cpu"))
     text = clip.Text.make(loaded, split.classnames, TEMPLATE)
     given = {"views": 3, "max_steps": 20} | options
