@@ -51,6 +51,12 @@ def browser():
         found.close()
 
 
+def until(done, seconds=20):
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not happen"
+
+
 @contextlib.contextmanager
 def opened(browser, address, **options):
     """A page; what its console says is an error, or what it loads from elsewhere, fails the test."""
@@ -107,11 +113,14 @@ def test_an_error_shows_its_reason_and_a_better_image_clears_it(browser, address
 
 def test_it_works_by_keyboard_and_by_dropping_and_on_a_phone(browser, address, tmp_path):
     with opened(browser, address, viewport={"width": 360, "height": 700}) as (page, _):
+        # From the start: Playwright tells Chromium to hand over file choosers without waiting for its answer.
+        choosers = []
+        page.on("filechooser", lambda chooser: choosers.append(chooser))
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "file"
-        with page.expect_file_chooser() as chooser:
-            page.keyboard.press("Enter")
-        chooser.value.set_files({"name": "red.png", "mimeType": "image/png", "buffer": png()})
+        page.keyboard.press("Enter")
+        until(lambda: choosers or page.wait_for_timeout(50))
+        choosers[0].set_files({"name": "red.png", "mimeType": "image/png", "buffer": png()})
         page.wait_for_selector(".card")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, "nothing is wider than the phone"
         page.evaluate("document.getElementById('answers').replaceChildren()")
