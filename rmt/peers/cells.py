@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..checkpoint import environment, write_json, write_whole
-from ..config import UserError
 from ..data import indices_sha256
 from ..measures import accuracy
 from .footing import Footing, encode
 from .memory import PeakMemory
-from .method import Fit, Method, State
+from .method import Method, State
 from .names import Stack, method, parse
 
 FIT_FILE, RESULT_FILE = "fit.json", "result.json"

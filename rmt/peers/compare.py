@@ -204,8 +204,8 @@ def print_table(table: dict[str, Any]) -> None:
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         shown.add_row(
             str(row["shots"]), row["method"], f"{accuracy['mean']:.2f}{band}", str(len(row["seeds"])),
-            f"{row['trained_parameters']:,}", f"{row['stored_bytes']:,}", f"{row['training_seconds']['mean']:.1f}", peak,
-            f"{row['images_per_second']['mean']:.0f}",
+            f"{row['trained_parameters']:,}", f"{row['stored_bytes']:,}", f"{row['training_seconds']['mean']:.1f}",
+            peak, f"{row['images_per_second']['mean']:.0f}",
         )  # fmt: skip
     console = Console()
     # Not a terminal: whole lines, whatever the width.
