@@ -23,7 +23,13 @@ def options(parser: "ArgumentParser") -> None:
     add("--seeds", type=list[int], default=[1, 2, 3], help="one sample of the training images for each")
     add("--views", type=int, default=10, help="augmented passes over the training images whose frozen features are "
         "kept for methods that train on features")  # fmt: skip
-    add("--max_steps", type=int | None, default=None, help="most gradient steps of any method (default: its authors')")
+    add(
+        "--max_steps",
+        type=int | None,
+        default=None,
+        help="most gradient steps through the image tower of any method (default: its authors' number)",
+    )
+    add("--max_feature_steps", type=int | None, default=None, help="the same for methods that train on frozen features")
     add("--rates", type=dict[str, float], default={}, help="learning rates in place of the authors': lora=1e-3 ln=3e-3")
     add("--out", type=str, required=True, help="folder of the comparison; one that was stopped there goes on")
 
@@ -38,7 +44,7 @@ def compare(args: "Namespace") -> int:
     shots = args.shots if isinstance(args.shots, list) else [args.shots]
     if not shots:
         raise UserError("a comparison needs at least one number of shots, got none")
-    made = Options(args.views, args.max_steps, args.rates)
+    made = Options(args.views, args.max_steps, args.max_feature_steps, args.rates)
     command = f"rmt {shlex.join(sys.argv[1:])}"
     table = run(config, args.out, args.methods or DEFAULT, shots, args.seeds, made, command)
     return int(bool(table["missing"]))

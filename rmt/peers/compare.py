@@ -29,15 +29,18 @@ OPTIONS_FILE, TABLE_FILE = "compare.yaml", "compare.json"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """views, max_steps, rates: as of `Footing`."""
+    """views, max_steps, max_feature_steps, rates: as of `Footing`."""
 
     views: int = 10
     max_steps: int | None = None
+    max_feature_steps: int | None = None
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.views < 1 or (self.max_steps is not None and self.max_steps < 1):
-            raise UserError(f"views and max_steps must be at least 1, got {self.views} and {self.max_steps}")
+        for name in ("views", "max_steps", "max_feature_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
         for name, rate in self.rates.items():
             if len(parse(name).parts) > 1 or not 0 < rate < float("inf"):
                 raise UserError(f"a rate must be that of one method, above 0, got {name}={rate}")

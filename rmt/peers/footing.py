@@ -105,7 +105,8 @@ class Footing:
         shelf: features and images; those of the test images outlive the sample.
         views: augmented passes over the training images whose frozen features are kept for methods that train on
             features: their epoch e sees view e % views.
-        max_steps: most gradient steps that any method takes; None: as many as its authors.
+        max_steps: most gradient steps of a method that trains through the image tower; None: as many as its authors.
+        max_feature_steps: the same for methods that train on frozen features, whose steps are far cheaper.
         rates: method -> learning rate, in place of its authors'.
         folder: of this run, for files that a method writes itself.
         fitted: name of a method -> what it stored on this sample, fitted now if it is not yet: for a method that starts
@@ -121,6 +122,7 @@ class Footing:
     cache: Cache
     views: int = 10
     max_steps: int | None = None
+    max_feature_steps: int | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
     fitted: Callable[[str], dict[str, Tensor]] | None = None
@@ -145,8 +147,12 @@ class Footing:
         return copy.deepcopy(state.model).requires_grad_(False)
 
     def steps(self, published: int) -> int:
-        """How many gradient steps to take where the authors take `published`."""
+        """How many gradient steps to take through the image tower where the authors take `published`."""
         return published if self.max_steps is None else min(published, self.max_steps)
+
+    def feature_steps(self, published: int) -> int:
+        """The same of a method that trains on frozen features."""
+        return published if self.max_feature_steps is None else min(published, self.max_feature_steps)
 
     def rate(self, method: str, published: float) -> float:
         """The learning rate of a method."""

@@ -24,7 +24,7 @@ def footing(folder: Path, *, shots: int = 4, seed: int = 1, val: int = 4, **opti
     config = RunConfig(name, data=str(data), shots=shots, seed=seed, device="cpu", train=train)
     split, loaded = sampled(config), clip.load(name, None, None, clip.pick_device("cpu"))
     text = clip.Text.make(loaded, split.classnames, TEMPLATE)
-    given = {"views": 3, "max_steps": 20} | options
+    given = {"views": 3, "max_steps": 20, "max_feature_steps": 20} | options
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return Footing(config, loaded, split, text, TEMPLATE, Shelf(), Cache(), **given)
