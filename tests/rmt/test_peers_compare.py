@@ -1,0 +1,256 @@
+"""rmt compare: one sample for all, cells that can be stopped and read back, and what is missing, with the reason."""
+
+import json
+import warnings
+
+import pytest
+import tiny
+import torch
+
+from rmt import UserError
+from rmt.cli import main
+from rmt.config import RunConfig, TrainConfig
+from rmt.peers import cells, compare, names
+from rmt.peers.compare import Options
+from rmt.run import run
+
+TRAIN = TrainConfig(batch=8, log_every=10, lr=1e-3, steps=10)
+LIMITS = Options(views=2, max_steps=10, max_feature_steps=10)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    model, data = tiny.model_folder(folder / "model"), tiny.splits(folder / "data")
+    tiny.images(folder / "data" / "val", 4, seed=3)
+    tiny.splits(folder / "without")
+    return RunConfig(model, data=str(data), shots=4, device="cpu", train=TRAIN), folder
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """A comparison of everything that needs no optional package, and its folder."""
+    config, folder = place
+    methods = [*names.METHODS, "coop+ramt", "tip+ramt", "lora+ramt", "tip_f+coop+ramt"]
+    return compare.compare(config, folder / "out", methods, [4], [1], LIMITS), folder / "out"
+
+
+def result(out, name, cell="shots4-seed1"):
+    return json.loads((out / name / cell / "result.json").read_text())
+
+
+def test_every_method_is_measured_on_one_sample(done):
+    table, out = done
+    assert table["missing"] == []
+    assert [row["method"] for row in table["rows"]][: len(names.METHODS)] == list(names.METHODS)
+    found = [result(out, row["method"]) for row in table["rows"]]
+    assert len({r["indices_sha256"] for r in found}) == len({r["base_sha256"] for r in found}) == 1
+    for r in found:
+        assert sum(map(sum, r["confusion"])) == 24 and r["images_per_second"] > 0
+        assert (r["stored_bytes"] == 0) == (r["method"] == "zeroshot")
+        assert r["sources"].keys() == set(r["parts"]) and all(r["sources"].values())
+        assert r["peak_bytes"] is None or r["peak_bytes"] >= 0
+
+
+def test_stored_bytes_are_those_of_the_files(done):
+    _, out = done
+    files = [*out.glob("tip/*/tip.safetensors"), *out.glob("ramt/*/task/mask.safetensors")]
+    want = sum(path.stat().st_size for path in files)
+    assert len(files) == 2 and result(out, "tip+ramt")["stored_bytes"] != want
+    assert result(out, "tip")["stored_bytes"] == files[0].stat().st_size
+    assert result(out, "ramt")["stored_bytes"] == result(out, "ramt")["task_bytes"] == files[1].stat().st_size
+    both = [*out.glob("tip+ramt/*/tip.safetensors"), files[1]]
+    assert result(out, "tip+ramt")["stored_bytes"] == sum(path.stat().st_size for path in both)
+
+
+def test_what_costs_is_counted_whether_reused_or_not(done, place, tmp_path):
+    _, out = done
+    alone, _ = compare.compare(place[0], tmp_path, ["tip+ramt"], [4], [1], LIMITS), None
+    assert alone["missing"] == [] and not (tmp_path / "ramt" / "shots4-seed1" / "result.json").exists()
+    mine, other = result(tmp_path, "tip+ramt"), result(out, "tip+ramt")
+    assert "the ramt run" in other["reused"]
+    for r, folder in ((mine, tmp_path), (other, out)):
+        fits = [json.loads((folder / name / "shots4-seed1" / "fit.json").read_text()) for name in ("ramt", "tip+ramt")]
+        assert r["training_seconds"] == pytest.approx(sum(fit["training_seconds"] for fit in fits))
+        assert fits[1]["training_seconds"] > fits[1]["own_seconds"]
+    # What ran before does not matter for what comes out.
+    assert mine["confusion"] == other["confusion"] and mine["bits_sha256"] == other["bits_sha256"]
+
+
+def test_a_mask_method_is_the_ordinary_run(done, place, tmp_path):
+    """The same bits as rmt train gives, and rmt eval measures its folder."""
+    import dataclasses
+
+    config, _ = place
+    ordinary = run(dataclasses.replace(config, preset="amt"), tmp_path / "run")
+    mine = result(done[1], "amt")
+    assert mine["bits_sha256"] == ordinary["bits_sha256"] and mine["metrics"] == ordinary["metrics"]
+    assert mine["percent_off"] == ordinary["percent_off"] > 0
+    from rmt.run_commands import evaluate_run
+
+    assert evaluate_run(str(done[1] / "amt" / "shots4-seed1"))["acc1"] == mine["metrics"]["acc1"]
+
+
+def test_finished_cells_are_read_back(done, place, capsys, monkeypatch):
+    config, folder = place
+    monkeypatch.setattr(cells.Sample, "_fit", lambda *a: pytest.fail("fitted again"))
+    monkeypatch.setattr(cells.Sample, "_measured", lambda *a: pytest.fail("measured again"))
+    again = compare.compare(config, folder / "out", ["coop", "tip+ramt"], [4], [1], LIMITS)
+    assert [row["method"] for row in again["rows"]] == ["coop", "tip+ramt"]
+    assert again["rows"][1]["acc1"]["mean"] == result(folder / "out", "tip+ramt")["metrics"]["acc1"]
+
+
+def test_a_fit_that_was_not_measured_yet_is_not_fitted_again(place, tmp_path, monkeypatch):
+    config, _ = place
+    names_ = ["ln", "coop"]
+    first = compare.compare(config, tmp_path, names_, [4], [1], LIMITS)
+    before = [result(tmp_path, name) for name in names_]
+    for name in names_:
+        (tmp_path / name / "shots4-seed1" / "result.json").unlink()
+    monkeypatch.setattr(cells.Sample, "_fit", lambda *a: pytest.fail("fitted again"))
+    again = compare.compare(config, tmp_path, names_, [4], [1], LIMITS)
+    after = [result(tmp_path, name) for name in names_]
+    for name in ("confusion", "training_seconds", "stored_bytes"):
+        assert [r[name] for r in before] == [r[name] for r in after]
+    assert [row["acc1"] for row in first["rows"]] == [row["acc1"] for row in again["rows"]]
+
+
+def test_another_comparison_is_refused(done, place):
+    config, folder = place
+    with pytest.raises(UserError, match=r"compare\.yaml differs"):
+        compare.compare(config, folder / "out", ["coop"], [4], [1], Options(views=3))
+
+
+def test_without_validation_images_the_others_go_on(place, capsys):
+    """Through the command line: what is missing, why, what helps, and exit status 1."""
+    config, folder = place
+    argv = ["compare", "--model", config.model, "--data", str(folder / "without"), "--shots", "2", "4", "--seeds", "1",
+            "--methods", "zeroshot,linear_probe", "tip", "bitfit", "--max-steps", "4", "--rates", "bitfit=1e-2",
+            "--batch", "8", "--out", str(folder / "gaps"), "--views", "2"]  # fmt: skip
+    assert main(argv) == 1
+    table = json.loads((folder / "gaps" / "compare.json").read_text())
+    assert [(row["method"], row["shots"]) for row in table["rows"]] == [
+        ("zeroshot", 2), ("bitfit", 2), ("zeroshot", 4), ("bitfit", 4)
+    ]  # fmt: skip
+    assert {(row["method"], row["shots"]) for row in table["missing"]} == {
+        (name, k) for name in ("linear_probe", "tip") for k in (2, 4)
+    }
+    assert all("put some into a val folder" in row["why"] for row in table["missing"])
+    assert result(folder / "gaps", "bitfit", "shots2-seed1")["chosen"]["bitfit"]["lr"] == 1e-2
+    said = capsys.readouterr().out
+    assert "missing    tip, shots 4, seed 1" in said
+
+
+def test_masks_that_fail_take_only_their_own_with_them(place, tmp_path, monkeypatch):
+    from rmt.peers.masks import RAMT
+
+    def broken(self, footing, state):
+        raise UserError("no masks today")
+
+    monkeypatch.setattr(RAMT, "fit", broken)
+    table = compare.compare(place[0], tmp_path, ["ramt", "tip+ramt", "ln"], [4], [1], LIMITS)
+    assert [row["method"] for row in table["rows"]] == ["ln"]
+    assert {row["method"]: row["why"] for row in table["missing"]} == {
+        "ramt": "no masks today", "tip+ramt": "no masks today"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options,why", [
+    ({"views": 0}, "views must be at least 1"),
+    ({"max_steps": 0}, "max_steps must be at least 1"),
+    ({"rates": {"lora": -1.0}}, "above 0"),
+    ({"rates": {"tip+ramt": 1.0}}, "of one method"),
+    ({"rates": {"lara": 1.0}}, "did you mean lora"),
+])  # fmt: skip
+def test_bad_options(options, why):
+    with pytest.raises(UserError, match=why):
+        Options(**options)
+
+
+def test_frees_what_nobody_asks_for(place, tmp_path):
+    config, _ = place
+    shared = compare.Shared.load(config)
+    from rmt.data import few_shot
+    from rmt.peers.footing import Footing
+
+    import dataclasses
+
+    train, val = few_shot(shared.split.train, shared.split.val, 4, 1)
+    split = dataclasses.replace(shared.split, train=train, val=val)
+    footing = Footing(config, shared.loaded, split, shared.text, shared.template, shared.shelf, shared.cache, **vars(LIMITS))
+    sample = cells.Sample(footing, tmp_path, "data", "", LIMITS, "")
+    ramt, tip = names.parse("ramt"), names.parse("tip+ramt")
+    sample.result(ramt)
+    sample.forget([tip])
+    assert ("ramt",) in sample._states and (("ramt",), "test") in shared.shelf._kept
+    sample.result(tip)
+    sample.forget([])
+    assert set(sample._states) == {()} and (("ramt",), "test") not in shared.shelf._kept
+    assert ((), "test") in shared.shelf._kept or True
+
+
+def test_joint_masks_take_the_steps_of_the_method(place, tmp_path):
+    """With the vectors standing still, masks and draws are those of rmt.step over the context's class vectors."""
+    import peer_tools
+
+    from rmt import clip
+    from rmt.optim import MaskAdam
+    from rmt.peers.coop import CoOp
+    from rmt.peers.joint import Joint
+    from rmt.peers.masks import RAMT
+    from rmt.step import Step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        footing = peer_tools.footing(tmp_path, rates={"coop": 1e-30})
+    import dataclasses
+
+    footing = dataclasses.replace(footing, folder=tmp_path / "joint")
+    joint = Joint(RAMT(), CoOp())
+    state = footing.start()
+    fit = joint.fit(footing, state)
+    got = joint.restore(footing, state, fit.stored)
+
+    masks = RAMT()
+    config, made, _ = masks.schedule(footing, masks.config(footing))
+    setup = masks.setup(footing, state, config)
+    context = CoOp().context(footing, setup.clip.model)
+
+    class Prompted(clip.Text):
+        masked = True  # student and teacher differ from the first step on
+
+        def features(self, grad=False):
+            return context.text().detach()
+
+    text = Prompted(setup.clip.model, footing.text.tokens, state.text)
+    optimizer = MaskAdam(setup.masks, lr=made.rates[0])
+    step = Step(setup.clip.model, text, optimizer, config.train, seed=config.seed)
+    for n, rate in enumerate(made.rates):
+        optimizer.set_lr(rate)
+        step(*footing.batches()(n), n)
+    stored = RAMT().restore(footing, state, {})
+    setup.model.merge_and_unload()
+    for (name, a), b in zip(stored.model.state_dict().items(), setup.clip.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert fit.facts["off"] > 0 and fit.trained == fit.stored["context"].numel() + sum(
+        mask["masked"] for mask in [fit.facts]
+    )
+    torch.testing.assert_close(got.text, context.text().detach())
+
+
+def test_joint_vectors_learn(place, tmp_path):
+    import dataclasses
+
+    import peer_tools
+
+    from rmt.peers.coop import CoOp
+    from rmt.peers.joint import Joint
+    from rmt.peers.masks import AMT
+
+    footing = dataclasses.replace(peer_tools.footing(tmp_path), folder=tmp_path / "joint")
+    state, joint = footing.start(), Joint(AMT(), CoOp())
+    fit = joint.fit(footing, state)
+    start = CoOp().context(footing, state.model).vectors
+    assert not torch.equal(fit.stored["context"], start) and fit.facts["off"] > 0
+    got = joint.restore(footing, state, fit.stored)
+    assert got.stack == ("coop+amt",) and not torch.allclose(got.text, state.text)
