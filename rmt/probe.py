@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UserError
@@ -17,6 +18,17 @@ from .measures import Accuracy, accuracy
 
 GRID = tuple(10.0**power for power in range(6, -7, -2))
 HALVINGS = 8
+ITERATIONS = 1000
+
+
+class Fitted(NamedTuple):
+    """logits: `features @ weight.T + bias`. weight: (C, D) fp32; bias: (C,) fp32. penalty: the inverse penalty C that
+    was chosen; val_acc1: in percent, at it."""
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+    val_acc1: float
 
 
 class Probe(NamedTuple):
@@ -53,17 +65,25 @@ def linear_probe(
             f"a linear probe needs training images of every class and two classes or more, got labels "
             f"{train_labels.unique().tolist()}"
         )
+    fitted = fit(train_features, train_labels, val_features, val_labels)
+
+    def logits(features: Tensor) -> Tensor:
+        return F.linear(features, fitted.weight, fitted.bias)
+
+    counted = accuracy(logits, [(test_features, test_labels)], classes, torch.device("cpu"))
+    return Probe(counted, fitted.penalty, fitted.val_acc1)
+
+
+def fit(train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor) -> Fitted:
+    """The recipe, without test images; all tensors on the CPU. train_labels: every class from 0, two or more."""
     train, val = ((x.numpy(), y.numpy()) for x, y in ((train_features, train_labels), (val_features, val_labels)))
     chosen, score = _choose(train, val)
     fitted = _fit(train, chosen)
-
-    def logits(features: Tensor) -> Tensor:
-        scores = torch.from_numpy(fitted.decision_function(features.numpy()))
+    weight, bias = (torch.from_numpy(values).float().contiguous() for values in (fitted.coef_, fitted.intercept_))
+    if len(bias) == 1:
         # Of two classes scikit-learn gives the second one's score alone; the first one's is 0.
-        return scores if classes > 2 else torch.stack([torch.zeros_like(scores), scores], 1)
-
-    counted = accuracy(logits, [(test_features, test_labels)], classes, torch.device("cpu"))
-    return Probe(counted, chosen, 100 * score)
+        weight, bias = (torch.cat([torch.zeros_like(values), values]) for values in (weight, bias))
+    return Fitted(weight, bias, chosen, 100 * score)
 
 
 def _choose(train: tuple, val: tuple) -> tuple[float, float]:
@@ -91,4 +111,4 @@ def _fit(train: tuple, c: float):
     with threadpool_limits(1), warnings.catch_warnings():
         # 1000 iterations are the recipe's, enough or not: at C = 1e6 they may not be.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=c, max_iter=1000).fit(*train)
+        return LogisticRegression(C=c, max_iter=ITERATIONS).fit(*train)

@@ -29,7 +29,6 @@ FLOORS = {
     "rmt.protocols": 7,
     "rmt.demo": 7,
     "rmt.figures": 7,
-    "rmt.probe": 7,
     "rmt.report": 7,
     "rmt.commands": 7,
     "rmt.task_commands": 7,
