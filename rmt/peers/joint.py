@@ -7,6 +7,7 @@ to what the template knows; the vectors follow the task loss alone.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from ..config import RunConfig
 from ..data import prefetch
 from ..masked import Mask
 from ..optim import MaskAdam
+from ..step import both_logits
 from .context import Context
 from .coop import LR, CoOp, batches_per_epoch, coop_batch, coop_chosen, coop_optimizer, warm_cosine
 from .footing import Footing
@@ -66,22 +68,32 @@ class Joint(Method):
         return State(masked.model, (*state.stack, self.name), text, cosine_logits(masked.model, text))
 
 
+@dataclass(frozen=True)
+class Prompted(clip.Text):
+    """The student's class vectors are the context's, the teacher's the template's."""
+
+    context: Context
+
+    def student(self) -> Tensor:
+        """(C, D), with a graph to the vectors."""
+        return self.context.text()
+
+
 def _train(
     footing: Footing, config: RunConfig, masks: list[Mask], state: State, context: Context, optimizer: MaskAdam,
     rates: list[tuple[float, float]], label: str,
 ) -> None:  # fmt: skip
     """One step of both for each pair of rates. The two gradients of the masks are those of `rmt.step.gradients`."""
     train, device = config.train, footing.device
-    model, vectors = context.model, coop_optimizer([context.vectors])
+    vectors = coop_optimizer([context.vectors])
+    text = Prompted(context.model, footing.text.tokens, state.text, context)
     steps = range(len(rates))
     with footing.training(label, len(rates)) as done:
         for step, (image, target) in zip(steps, prefetch(footing.batches(), steps)):
             image, target = image.to(device), target.to(device)
             optimizer.set_lr(rates[step][0])
             vectors.param_groups[0]["lr"] = rates[step][1]
-            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                teacher = clip.frozen_logits(model, image, state.text)
-                logits = clip.logits(model, image, context.text())
+            logits, teacher = both_logits(context.model, text, image, train, alike=False)
             task = F.cross_entropy(logits, target)
             # The vectors' gradient first: their path is the text tower alone, and the graph is needed once more.
             (context.vectors.grad,) = torch.autograd.grad(task, [context.vectors], retain_graph=True)

@@ -16,7 +16,7 @@ TEMPLATE = "a photo of a {}."
 
 def footing(folder: Path, *, shots: int = 4, seed: int = 1, val: int = 4, **options) -> Footing:
     """Four classes of coloured noise that are easy to learn; a random tiny CLIP at 32 pixels. options: of Footing."""
-    name = tiny.model_folder(folder / "model")
+    name = tiny.model_folder(folder / "model", context=32)
     data = tiny.splits(folder / "data", train=8, test=6)
     if val:  # as many as few_shot takes, so that it has nothing to warn of
         tiny.images(folder / "data" / "val", val, seed=3)

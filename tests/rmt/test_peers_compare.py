@@ -1,7 +1,7 @@
 """rmt compare: one sample for all, cells that can be stopped and read back, and what is missing, with the reason."""
 
+import dataclasses
 import json
-import warnings
 
 import pytest
 import tiny
@@ -21,7 +21,7 @@ LIMITS = Options(views=2, max_steps=10, max_feature_steps=10)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    model, data = tiny.model_folder(folder / "model"), tiny.splits(folder / "data")
+    model, data = tiny.model_folder(folder / "model", context=32), tiny.splits(folder / "data")
     tiny.images(folder / "data" / "val", 4, seed=3)
     tiny.splits(folder / "without")
     return RunConfig(model, data=str(data), shots=4, device="cpu", train=TRAIN), folder
@@ -55,8 +55,7 @@ def test_every_method_is_measured_on_one_sample(done):
 def test_stored_bytes_are_those_of_the_files(done):
     _, out = done
     files = [*out.glob("tip/*/tip.safetensors"), *out.glob("ramt/*/task/mask.safetensors")]
-    want = sum(path.stat().st_size for path in files)
-    assert len(files) == 2 and result(out, "tip+ramt")["stored_bytes"] != want
+    assert len(files) == 2
     assert result(out, "tip")["stored_bytes"] == files[0].stat().st_size
     assert result(out, "ramt")["stored_bytes"] == result(out, "ramt")["task_bytes"] == files[1].stat().st_size
     both = [*out.glob("tip+ramt/*/tip.safetensors"), files[1]]
@@ -79,12 +78,10 @@ def test_what_costs_is_counted_whether_reused_or_not(done, place, tmp_path):
 
 def test_a_mask_method_is_the_ordinary_run(done, place, tmp_path):
     """The same bits as rmt train gives, and rmt eval measures its folder."""
-    import dataclasses
-
     config, _ = place
     ordinary = run(dataclasses.replace(config, preset="amt"), tmp_path / "run")
     mine = result(done[1], "amt")
-    assert mine["bits_sha256"] == ordinary["bits_sha256"] and mine["metrics"] == ordinary["metrics"]
+    assert mine["bits_sha256"] == ordinary["bits_sha256"] and mine["confusion"] == ordinary["confusion"]
     assert mine["percent_off"] == ordinary["percent_off"] > 0
     from rmt.run_commands import evaluate_run
 
@@ -173,11 +170,10 @@ def test_frees_what_nobody_asks_for(place, tmp_path):
     from rmt.data import few_shot
     from rmt.peers.footing import Footing
 
-    import dataclasses
-
     train, val = few_shot(shared.split.train, shared.split.val, 4, 1)
     split = dataclasses.replace(shared.split, train=train, val=val)
-    footing = Footing(config, shared.loaded, split, shared.text, shared.template, shared.shelf, shared.cache, **vars(LIMITS))
+    args = (config, shared.loaded, split, shared.text, shared.template, shared.shelf, shared.cache)
+    footing = Footing(*args, **vars(LIMITS))
     sample = cells.Sample(footing, tmp_path, "data", "", LIMITS, "")
     ramt, tip = names.parse("ramt"), names.parse("tip+ramt")
     sample.result(ramt)
@@ -186,10 +182,9 @@ def test_frees_what_nobody_asks_for(place, tmp_path):
     sample.result(tip)
     sample.forget([])
     assert set(sample._states) == {()} and (("ramt",), "test") not in shared.shelf._kept
-    assert ((), "test") in shared.shelf._kept or True
 
 
-def test_joint_masks_take_the_steps_of_the_method(place, tmp_path):
+def test_joint_masks_take_the_steps_of_the_method(tmp_path, monkeypatch):
     """With the vectors standing still, masks and draws are those of rmt.step over the context's class vectors."""
     import peer_tools
 
@@ -200,12 +195,8 @@ def test_joint_masks_take_the_steps_of_the_method(place, tmp_path):
     from rmt.peers.masks import RAMT
     from rmt.step import Step
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        footing = peer_tools.footing(tmp_path, rates={"coop": 1e-30})
-    import dataclasses
-
-    footing = dataclasses.replace(footing, folder=tmp_path / "joint")
+    monkeypatch.setattr("rmt.peers.joint.warm_cosine", lambda lr, epochs, per_epoch, steps: [0.0] * steps)
+    footing = dataclasses.replace(peer_tools.footing(tmp_path), folder=tmp_path / "joint")
     joint = Joint(RAMT(), CoOp())
     state = footing.start()
     fit = joint.fit(footing, state)
@@ -219,7 +210,7 @@ def test_joint_masks_take_the_steps_of_the_method(place, tmp_path):
     class Prompted(clip.Text):
         masked = True  # student and teacher differ from the first step on
 
-        def features(self, grad=False):
+        def student(self):
             return context.text().detach()
 
     text = Prompted(setup.clip.model, footing.text.tokens, state.text)
@@ -232,15 +223,11 @@ def test_joint_masks_take_the_steps_of_the_method(place, tmp_path):
     setup.model.merge_and_unload()
     for (name, a), b in zip(stored.model.state_dict().items(), setup.clip.model.state_dict().values()):
         assert torch.equal(a, b), name
-    assert fit.facts["off"] > 0 and fit.trained == fit.stored["context"].numel() + sum(
-        mask["masked"] for mask in [fit.facts]
-    )
+    assert fit.facts["off"] > 0 and fit.trained == fit.stored["context"].numel() + fit.facts["masked"]
     torch.testing.assert_close(got.text, context.text().detach())
 
 
 def test_joint_vectors_learn(place, tmp_path):
-    import dataclasses
-
     import peer_tools
 
     from rmt.peers.coop import CoOp

@@ -34,11 +34,15 @@ def model(seed: int = 0, kind: type = open_clip.CLIP, **vision) -> nn.Module:
     return made.eval()
 
 
-def model_folder(folder: Path, seed: int = 0) -> str:
-    """Writes `model(seed)` as an open_clip local-dir; returns the name to load it by."""
+def model_folder(folder: Path, seed: int = 0, context: int = 16) -> str:
+    """Writes `model(seed)` as an open_clip local-dir; returns the name to load it by. context: of the text tower."""
     folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}))
-    save_file(model(seed).state_dict(), folder / "open_clip_model.safetensors")
+    config = MODEL | {"text_cfg": MODEL["text_cfg"] | {"context_length": context}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
+    state = model(seed).state_dict()
+    rows = torch.randn(max(0, context - len(state["positional_embedding"])), state["positional_embedding"].shape[1])
+    state["positional_embedding"] = torch.cat([state["positional_embedding"], 0.01 * rows])[:context].clone()
+    save_file(state, folder / "open_clip_model.safetensors")
     return f"local-dir:{folder}"
 
 
