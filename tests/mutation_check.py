@@ -37,6 +37,9 @@ TRAIN = ["tests/rmt/test_train.py"]
 CODEC = ["tests/kernels/test_codec.py"]
 TASK = ["tests/rmt/test_checkpoint.py"]
 SERVE = ["tests/rmt/test_serve.py"]
+TOWERS = ["tests/rmt/test_peers_towers.py"]
+PEERS_TEXT = ["tests/rmt/test_peers_text.py", "-k", "not learns"]
+HEADS = ["tests/rmt/test_peers_heads.py"]
 SERVE_TASKS = ["tests/rmt/test_serve_tasks.py"]
 COMPOSE = ["tests/rmt/test_compose.py"]
 COMPARE = ["tests/rmt/test_compare.py"]
@@ -47,6 +50,30 @@ TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
+    ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
+     HEADS),
+    ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",
+     "if score > best", "if score >= best", HEADS),
+    ("Tip-Adapter-F keeps its last keys", "rmt/peers/tip.py", "if hits > best[0]:", "if True:", HEADS),
+    ("CLIP-Adapter's ratio on the other part", "rmt/peers/clip_adapter.py", "(1 - RATIO) * features",
+     "RATIO * features", HEADS),
+    ("class vectors of length 1 before training", "rmt/peers/linear_probe.py", "state.text * length", "state.text * 1",
+     HEADS),
+    ("the epoch of warm-up costs none of the cosine", "rmt/peers/heads.py", "(n - 1) / epochs", "n / epochs", HEADS),
+    ("a linear probe of classes it has not seen", "rmt/peers/linear_probe.py", "    if lost:", "    if False:", HEADS),
+    ("learned words for every call of the tower", "rmt/peers/context.py",
+     "if args[0].data_ptr() != own.data_ptr():", "if False:", PEERS_TEXT),
+    ("learned words stay in the tower", "rmt/peers/context.py", "handle.remove()", "pass", PEERS_TEXT),
+    ("one image's words for all", "rmt/peers/cocoop.py", "vectors[image])", "vectors[image * 0])", PEERS_TEXT),
+    ("LoRA scaled by its rank, not its root", "rmt/peers/lora.py", "ALPHA / math.sqrt(RANK)", "ALPHA / RANK", TOWERS),
+    ("one drop for q, k and v", "rmt/peers/lora.py",
+     "F.dropout(x.reshape(1, -1, x.shape[-1]).expand(3, -1, -1), DROPOUT, self.training)",
+     "F.dropout(x.reshape(1, -1, x.shape[-1]), DROPOUT, self.training).expand(3, -1, -1)", TOWERS),
+    ("LoRA's text tower stays", "rmt/peers/lora.py", "        text = class_vectors(footing, model)\n",
+     "        text = state.text\n", TOWERS),
+    ("full fine-tuning without clipping", "rmt/peers/full_ft.py", "lr, decay, clip = 1e-5, 0.1, 1.0",
+     "lr, decay, clip = 1e-5, 0.1, None", TOWERS),
+    ("WiSE-FT is the fine-tuned model", "rmt/peers/full_ft.py", "(1 - ALPHA) * p + ALPHA *", "0 * p +", TOWERS),
     ("answers in the order of the tasks", "rmt/bank.py",
      "index_copy_(0, index, features)", "copy_(features)", BANK),
     ("a swap does not wait", "rmt/bank.py", "with self._swap.writing():", "with contextlib.nullcontext():", BANK),

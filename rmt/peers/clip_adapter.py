@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import RunConfig
+from ..config import UserError
+from .coop import coop_epochs
 from .footing import Footing
 from .heads import augmented, dassl_rates, shuffled, train_head
 from .method import Fit, Method, State
@@ -31,7 +32,8 @@ class ClipAdapter(Method):
     )
 
     def fit(self, footing: Footing, state: State) -> Fit:
-        """stored: down (D / 4, D), up (D, D / 4). Raises UserError for a loss that is not finite."""
+        """stored: down (D / 4, D), up (D, D / 4). Raises UserError for a loss that is not finite, or on top of logits
+        that give their features no gradient."""
         labels, size = footing.labels("train"), footing.config.train.batch
         random = torch.Generator().manual_seed(footing.config.seed)
         width = state.text.shape[1]
@@ -39,8 +41,13 @@ class ClipAdapter(Method):
             _linear(*shape, random).to(footing.device).requires_grad_()
             for shape in ((width // REDUCTION, width), (width, width // REDUCTION))
         )
+        if not state.logits(torch.ones(1, width, device=footing.device, requires_grad=True)).requires_grad:
+            raise UserError(
+                "clip_adapter trains what stands before the class vectors, and those of the method below it depend on "
+                "the image, without a gradient (cocoop's do): leave one of the two out"
+            )
         epochs, each = coop_epochs(footing.config), max(1, len(labels) // size)
-        steps, lr = footing.steps(epochs * each), footing.rate(self.name, LR)
+        steps, lr = footing.feature_steps(epochs * each), footing.rate(self.name, LR)
         images = augmented(footing, state, -(-steps // each))
         train_head(
             footing, torch.optim.SGD([down, up], lr, MOMENTUM, weight_decay=DECAY), dassl_rates(lr, steps, epochs),
@@ -63,16 +70,6 @@ class ClipAdapter(Method):
 def adapted(features: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """(B, D) -> (B, D), neither of length 1."""
     return RATIO * F.relu(F.linear(F.relu(F.linear(features, down)), up)) + (1 - RATIO) * features
-
-
-def coop_epochs(config: RunConfig) -> int:
-    """CoOp's: 50 for one shot and for ImageNet, 100 for two to four, 200 beyond.
-
-    Source: KaiyangZhou/CoOp, scripts/coop and COOP.md. Ours: counts of shots in between.
-    """
-    if config.dataset == "imagenet" or config.shots == 1:
-        return 50
-    return 100 if config.shots != "all" and config.shots <= 4 else 200
 
 
 def _linear(out: int, inputs: int, random: torch.Generator) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from .context import Context, encode
-from .coop import LR, MOMENTUM, PHOTO, WARMUP_LR, WEIGHT_DECAY, low, notes, tune, warm_cosine
+from .coop import LR, MOMENTUM, PHOTO, WEIGHT_DECAY, low, notes, tune
 from .footing import Footing
+from .heads import WARMUP_LR, dassl_rates
 from .method import Fit, Method, State
 from .train import count
 
@@ -91,7 +92,7 @@ class CoCoOp(Method):
         """Trains on the state's augmented features, one image a step."""
         module, images = self._module(footing, state), len(footing.split.train)
         lr, published = footing.rate(self.name, LR), EPOCHS * images
-        rates = warm_cosine(lr, EPOCHS, images, footing.steps(published))
+        rates = dassl_rates(lr, footing.feature_steps(published), EPOCHS)
         parameters = list(module.parameters())
         tune(footing, state, self.title, parameters, rates, BATCH, lambda x: module.logits(x, low(footing)))
         chosen = {

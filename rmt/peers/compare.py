@@ -101,6 +101,7 @@ class Shared:
         """Raises UserError where the model or the data cannot be read."""
         split = read(config)
         loaded = clip.load(config.model, config.pretrained, config.image_size, clip.pick_device(config.device))
+        loaded.model.requires_grad_(False)
         template = config.template or split.template or TEMPLATE
         text = clip.Text.make(loaded, split.classnames, template)
         name = config.dataset or Path(config.data).stem

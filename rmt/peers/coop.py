@@ -4,22 +4,20 @@ Zhou et al., IJCV 2022 (arXiv 2109.01134). Recipe: KaiyangZhou/CoOp, trainers/co
 (epochs by shots); momentum, weight decay and the schedule around warm-up: KaiyangZhou/Dassl.pytorch.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import RunConfig
 from .context import Context
 from .footing import Footing
+from .heads import WARMUP_LR, augmented, dassl_rates, shuffled, train_head
 from .method import Fit, Method, State, cosine_logits
 from .train import count
 
 LR, MOMENTUM, WEIGHT_DECAY = 2e-3, 0.9, 5e-4
-WARMUP_LR = 1e-5
 PHOTO = "a photo of a"
 
 
@@ -93,9 +91,9 @@ def coop_batch(footing: Footing) -> int:
 
 
 def coop_rates(footing: Footing, name: str) -> list[float]:
-    """The rate of every step that the method `name` takes, in batches of `coop_batch`; on features or on images."""
+    """The rate of every step that the method `name` takes, in batches of `coop_batch`."""
     epochs, steps = coop_epochs(footing.config), batches_per_epoch(footing, coop_batch(footing))
-    return warm_cosine(footing.rate(name, LR), epochs, steps, footing.steps(epochs * steps))
+    return dassl_rates(footing.rate(name, LR), footing.feature_steps(epochs * steps), epochs)
 
 
 def coop_optimizer(parameters: Sequence[Tensor]) -> torch.optim.SGD:
@@ -117,17 +115,6 @@ def batches_per_epoch(footing: Footing, batch: int) -> int:
     return max(1, len(footing.split.train) // batch)
 
 
-def warm_cosine(lr: float, epochs: int, per_epoch: int, steps: int) -> list[float]:
-    """One rate a step: Dassl's constant warm-up of one epoch, then its cosine, both stepped once an epoch.
-
-    Dassl (WARMUP_RECOUNT) begins the cosine after the warm-up and keeps its length: epoch e > 0 has
-    lr (1 + cos(pi (e - 1) / epochs)) / 2, and the last does not reach 0. Fewer steps than epochs * per_epoch run
-    through the same curve faster.
-    """
-    passed = (step * epochs * per_epoch // steps // per_epoch for step in range(steps))
-    return [lr * (1 + math.cos(math.pi * (e - 1) / epochs)) / 2 if e else WARMUP_LR for e in passed]
-
-
 def tune(
     footing: Footing, state: State, label: str, parameters: Sequence[Tensor], rates: Sequence[float], batch: int,
     logits: Callable[[Tensor], Tensor],
@@ -135,34 +122,17 @@ def tune(
     """One SGD step for each rate, on the cross-entropy of `logits`, over the state's augmented features.
 
     Every epoch is a permutation drawn from the seed, cut into batches. logits: (B, D) features, not normalised ->
-    (B, C), with a graph to `parameters`; nothing else gets a gradient.
+    (B, C), with a graph to `parameters`.
 
     Raises: UserError for a loss that is not finite.
     """
-    steps, labels = batches_per_epoch(footing, batch), footing.labels("train")
-    # Before the loop, whose progress would be torn by theirs.
-    epochs = math.ceil(len(rates) / steps)
-    views = [footing.features(state, "train", view) for view in range(min(epochs, footing.views))]
-    optimizer = coop_optimizer(parameters)
-    with footing.training(label, len(rates)) as done:
-        for step, (epoch, chosen) in zip(range(len(rates)), _draws(footing, steps, batch)):
-            optimizer.param_groups[0]["lr"] = rates[step]
-            chosen = chosen.to(footing.device)
-            loss = F.cross_entropy(logits(views[epoch % footing.views][chosen]), labels[chosen])
-            # Not backward(): the state's model is shared, and no one empties its weights' gradients.
-            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-                parameter.grad = gradient
-            optimizer.step()
-            done(step, loss.item())
-
-
-def _draws(footing: Footing, steps: int, batch: int) -> Iterator[tuple[int, Tensor]]:
-    """Endless (epoch, indices of a batch)."""
-    rng, epoch = torch.Generator().manual_seed(footing.config.seed), 0
-    while True:
-        order = torch.randperm(len(footing.split.train), generator=rng)
-        yield from ((epoch, order[step * batch : (step + 1) * batch]) for step in range(steps))
-        epoch += 1
+    each, labels = batches_per_epoch(footing, batch), footing.labels("train")
+    images = augmented(footing, state, -(-len(rates) // each))
+    rng = torch.Generator().manual_seed(footing.config.seed)
+    train_head(
+        footing, coop_optimizer(parameters), rates, lambda epoch: shuffled(images(epoch), labels, batch, rng, each),
+        logits, label,
+    )  # fmt: skip
 
 
 def low(footing: Footing) -> bool:

@@ -101,7 +101,7 @@ class Footing:
 
     Args:
         config: as asked for: seed, batch, precision and augmentation of all methods are its own, the rest the masks'.
-        loaded: the plain model. split: the sample. text: of its class names, zero-shot.
+        loaded: the plain model, frozen. split: the sample. text: of its class names, zero-shot.
         shelf: features and images; those of the test images outlive the sample.
         views: augmented passes over the training images whose frozen features are kept for methods that train on
             features: their epoch e sees view e % views.

@@ -10,6 +10,8 @@ from torch import Tensor
 from .footing import Footing
 from .method import State
 
+WARMUP_LR = 1e-5
+
 
 def dassl_rates(lr: float, steps: int, epochs: int) -> list[float]:
     """One rate a step, of the schedule of CoOp's and CLAP's configurations: an epoch at 1e-5, then a cosine from lr.
@@ -20,7 +22,7 @@ def dassl_rates(lr: float, steps: int, epochs: int) -> list[float]:
     Source: KaiyangZhou/Dassl.pytorch, dassl/optim/lr_scheduler.py, ConstantWarmupScheduler over CosineAnnealingLR.
     """
     numbers = (step * epochs // steps for step in range(steps))
-    return [lr * (1 + math.cos(math.pi * (n - 1) / epochs)) / 2 if n else 1e-5 for n in numbers]
+    return [lr * (1 + math.cos(math.pi * (n - 1) / epochs)) / 2 if n else WARMUP_LR for n in numbers]
 
 
 def augmented(footing: Footing, state: State, epochs: int) -> Callable[[int], Tensor]:

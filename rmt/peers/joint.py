@@ -6,7 +6,6 @@ teacher is zero-shot CLIP with the template's class vectors, as for R-AMT alone,
 to what the template knows; the vectors follow the task loss alone.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,9 @@ from ..masked import Mask
 from ..optim import MaskAdam
 from ..step import both_logits
 from .context import Context
-from .coop import LR, CoOp, batches_per_epoch, coop_batch, coop_chosen, coop_optimizer, warm_cosine
+from .coop import LR, CoOp, coop_chosen, coop_epochs, coop_optimizer
 from .footing import Footing
+from .heads import dassl_rates
 from .masks import MaskTuning
 from .method import Fit, Method, State, cosine_logits
 
@@ -45,10 +45,9 @@ class Joint(Method):
         config, made, published = masks.schedule(footing, masks.config(footing))
         setup = masks.setup(footing, state, config)
         context = self.context.context(footing, setup.clip.model)
-        per_epoch = batches_per_epoch(footing, coop_batch(footing))
         steps = len(made.rates)
         lr = footing.rate(self.context.name, LR)
-        rates = warm_cosine(lr, math.ceil(steps / per_epoch), per_epoch, steps)
+        rates = dassl_rates(lr, steps, coop_epochs(footing.config))
         optimizer = MaskAdam(setup.masks, lr=made.rates[0], state=config.train.adam)
         _train(footing, config, setup.masks, state, context, optimizer, list(zip(made.rates, rates)), self.title)
         fit = masks.stored(footing, setup, config, made, published)

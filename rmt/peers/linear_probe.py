@@ -16,7 +16,7 @@ BATCH, EPOCHS, LR, MOMENTUM = 256, 300, 0.1, 0.9
 class LinearProbe(Method):
     """Logistic regression on features that are not normalised: `f @ weight.T + bias`, as `rmt.probe` fits it.
 
-    The solver is run to its end whatever --max-steps says: its iterations are no gradient steps.
+    The solver is run to its end whatever a limit of steps says: its iterations are no gradient steps.
     """
 
     name, title, kind = "linear_probe", "Linear probe", "head"
@@ -66,7 +66,7 @@ class ZeroShotProbe(Method):
         pool = torch.cat([footing.features(state, "train", view) for view in range(footing.views)])
         pool, labels = F.normalize(pool, dim=-1), footing.labels("train").repeat(footing.views)
         random = torch.Generator().manual_seed(footing.config.seed)
-        steps, lr = footing.steps(each * EPOCHS), footing.rate(self.name, LR)
+        steps, lr = footing.feature_steps(each * EPOCHS), footing.rate(self.name, LR)
         train_head(
             footing, torch.optim.SGD([weight], lr, MOMENTUM), dassl_rates(lr, steps, EPOCHS),
             lambda number: shuffled(pool, labels, BATCH, random, each),

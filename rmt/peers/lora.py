@@ -1,6 +1,5 @@
 """CLIP-LoRA: low-rank branches beside q, k and v in every attention block of both towers."""
 
-import functools
 import math
 
 import torch
@@ -11,7 +10,7 @@ from ..attention import PackedAttention
 from ..config import UserError
 from ..masking import PATTERNS
 from ..modules import turned_into
-from .footing import Footing
+from .footing import Footing, class_vectors
 from .method import Fit, Method, State, cosine_logits
 from .parts import need_for_model
 from .train import cosine_rates, count, train
@@ -77,7 +76,10 @@ class LoRA(Method):
                 model.set_submodule(name, layer.train())
             values = [getattr(layer, key) for layer in layers.values() for key in _KEYS]
             optimizer = torch.optim.AdamW(values, lr=lr, betas=(0.9, 0.999), weight_decay=DECAY)
-            text = functools.partial(_class_vectors, model, footing.text.tokens)
+
+            def text() -> Tensor:
+                return F.normalize(model.encode_text(footing.text.tokens).float(), dim=-1)
+
             train(footing, model, optimizer, cosine_rates(lr, steps, floor=LAST_LR), text, self.title)
         stored = {f"{name}.{key}": getattr(layer, key).detach() for name, layer in layers.items() for key in _KEYS}
         chosen = {"lr": lr, "rank": RANK, "alpha": ALPHA, "dropout": DROPOUT, "weight_decay": DECAY}
@@ -94,7 +96,7 @@ class LoRA(Method):
             for name, weight in weights.items():
                 a, b = (stored[f"{name}.{key}"].to(weight) for key in _KEYS)
                 weight.add_((SCALE * b @ a).flatten(0, 1))
-            text = _class_vectors(model, footing.text.tokens)
+        text = class_vectors(footing, model)
         return State(model, (*state.stack, self.name), text, cosine_logits(model, text))
 
 
@@ -113,8 +115,3 @@ def attentions(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
                 raise UserError(f"{name} must be nn.MultiheadAttention, got {type(attn).__name__}; {remedy}")
         found |= mine
     return found
-
-
-def _class_vectors(model: nn.Module, tokens: Tensor) -> Tensor:
-    """(C, context) -> (C, D) of length 1, with a graph where the text tower trains."""
-    return F.normalize(model.encode_text(tokens).float(), dim=-1)

@@ -110,3 +110,5 @@ def _need_combinable(text: str, found: dict[str, Method]) -> None:
         text_methods = [other for other, o in found.items() if o.kind == "text"]
         if m.kind == "head" and not m.reads_text and text_methods:
             refuse(f"{name} does not read the class vectors that {text_methods[0]} learns")
+    if {"linear_probe_zs", "cocoop"} <= set(found):
+        refuse("linear_probe_zs starts from one vector a class, and cocoop makes other ones for every image")

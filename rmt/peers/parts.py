@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from ..config import UserError, resolve
-from ..schedule import plan
+from ..config import UserError
 from .footing import Footing
+from .masks import RAMT
 from .method import Fit, Method, State, cosine_logits
 from .train import cosine_rates, count, train
 
@@ -74,9 +74,9 @@ class BitFit(TowerPart):
     )
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """`bias`, and `in_proj_bias` of packed attention."""
+        """`bias`, `in_proj_bias` of packed attention, and the like of other trunks."""
         named = model.visual.named_parameters(prefix="visual")
-        return {key: p for key, p in named if key.rpartition(".")[2] in ("bias", "in_proj_bias")}
+        return {key: p for key, p in named if key.endswith("bias")}
 
 
 class LayerNormTuning(TowerPart):
@@ -95,10 +95,9 @@ class LayerNormTuning(TowerPart):
 
 
 def mask_steps(footing: Footing) -> int:
-    """How many steps `rmt train` takes on this sample: R-AMT's 30 epochs (ImageNet 10), more where those are few."""
-    asked, found = footing.config.train, resolve(footing.config)
-    made = plan(found.train, found.mask, footing.batches().steps_per_epoch, stretch=asked.epochs is None)
-    return len(made.rates)
+    """How many steps R-AMT's recipe is on this sample: 30 epochs (ImageNet 10), more where few masks could flip."""
+    recipe = RAMT()
+    return recipe.schedule(footing, recipe.config(footing))[2]
 
 
 def need_for_model(method: str, stored: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> None:

@@ -17,10 +17,10 @@ SEARCH_STEPS = 200, 20  # values of beta, of alpha
 
 
 class Recipe(NamedTuple):
-    """What is set for a data set. alpha: while keys are trained. scales: upper ends of the search of beta, of alpha;
-    several are searched one after the other. epochs: of training keys."""
+    """What is set for a data set. alpha: while keys are trained; None: as without training. scales: upper ends of the
+    search of beta, of alpha; several are searched one after the other. epochs: of training keys."""
 
-    alpha: float
+    alpha: float | None
     scales: tuple[tuple[float, float], ...]
     epochs: int = 20
 
@@ -45,11 +45,12 @@ RECIPES = {
 def recipe(dataset: str | None, images: int) -> Recipe:
     """The authors' for a data set that they have.
 
-    Ours for others: ImageNet's alpha; the search goes through their narrowest range, then through their widest, because
-    where CLIP's logits are poor the best alpha lies far above 3; where an epoch is one step, their 100 epochs of
-    EuroSAT, the one of their sets of which that is true at 16 shots.
+    Ours for others, whose CLIP logits may be as poor as those of Flowers, where the authors set alpha to 10, or poorer:
+    the search goes through their narrowest range, then through their widest; keys are trained at the alpha and beta
+    that it finds without training; where an epoch is one step, for their 100 epochs of EuroSAT, the one of their sets
+    of which that is true at 16 shots.
     """
-    return RECIPES.get(dataset) or Recipe(1.17, ((7, 3), (50, 50)), 100 if images <= BATCH else 20)
+    return RECIPES.get(dataset) or Recipe(None, ((7, 3), (50, 50)), 100 if images <= BATCH else 20)
 
 
 class TipAdapter(Method):
@@ -86,7 +87,7 @@ class TipAdapter(Method):
 
 
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter with its keys trained, from the training-free ones, at the authors' first alpha and beta.
+    """Tip-Adapter with its keys trained, from the training-free ones, at the first alpha and beta of `recipe`.
 
     After every epoch the validation images are counted, and the keys of the best epoch are kept: the authors count test
     images there. Then alpha and beta are searched for as without training.
@@ -99,35 +100,41 @@ class TipAdapterF(TipAdapter):
         """stored: as of TipAdapter. Raises UserError without validation images, or for a loss that is not finite."""
         footing.need_val(self.name)
         labels, first = footing.labels("train"), recipe(footing.config.dataset, len(footing.split.train))
-        keys, values = _keys(footing, state).requires_grad_(), F.one_hot(labels, footing.classes).float()
+        keys, values = _keys(footing, state), F.one_hot(labels, footing.classes).float()
+        alpha, beta = first.alpha, INIT_BETA
+        if alpha is None:
+            alpha, beta = (_found(footing, state, keys.half())[key] for key in ("alpha", "beta"))
+        keys.requires_grad_()
         val, truth = footing.features(state, "val"), footing.labels("val")
+        # Once: under CoCoOp a text pass for every image.
+        clip = state.logits(val)
         each = -(-len(labels) // BATCH)
         published = first.epochs * each
-        steps, lr = footing.steps(published), footing.rate(self.name, LR)
+        steps, lr = footing.feature_steps(published), footing.rate(self.name, LR)
         images = augmented(footing, state, -(-steps // each))
         random = torch.Generator().manual_seed(footing.config.seed)
 
-        def logits(features: Tensor) -> Tensor:
-            return state.logits(features) + first.alpha * votes(affinity(features, keys), values, INIT_BETA)
+        def added(features: Tensor) -> Tensor:
+            return alpha * votes(affinity(features, keys), values, beta)
 
         best, kept = (-1, 0), keys
 
         @torch.no_grad()
         def count(epoch: int) -> None:
             nonlocal best, kept
-            hits = int((logits(val).argmax(-1) == truth).sum())
+            hits = int(((clip + added(val)).argmax(-1) == truth).sum())
             if hits > best[0]:
                 best, kept = (hits, epoch), keys.detach().clone()
 
         train_head(
             footing, torch.optim.AdamW([keys], lr, eps=EPS), cosine_rates(lr, steps),
-            lambda epoch: shuffled(images(epoch), labels, BATCH, random), logits, self.name,
-            count,
+            lambda epoch: shuffled(images(epoch), labels, BATCH, random), lambda f: state.logits(f) + added(f),
+            self.name, count,
         )  # fmt: skip
         hits, epoch = best
         chosen = {
             "epoch": epoch + 1, "epoch_val_acc1": 100 * hits / len(truth), "lr": lr, "batch": BATCH,
-            "epochs": first.epochs, "init_alpha": first.alpha, "init_beta": INIT_BETA,
+            "epochs": first.epochs, "init_alpha": alpha, "init_beta": beta,
         }  # fmt: skip
         return _searched(footing, state, kept, chosen, keys.numel(), steps, published)
 
@@ -165,19 +172,24 @@ def _keys(footing: Footing, state: State) -> Tensor:
     return F.normalize(sum(footing.features(state, "train", view) for view in views) / len(views), dim=-1)
 
 
+def _found(footing: Footing, state: State, keys: Tensor) -> dict[str, float]:
+    """`search` for keys as they are stored."""
+    labels, val = footing.labels("train"), footing.features(state, "val")
+    near, values = affinity(val, keys.float()), F.one_hot(labels, footing.classes).float()
+    scales = recipe(footing.config.dataset, len(labels)).scales
+    return search(state.logits(val), lambda beta: votes(near, values, beta), footing.labels("val"), scales)
+
+
 def _searched(
     footing: Footing, state: State, keys: Tensor, chosen: dict, trained: int = 0, steps: int = 0,
     published: int | None = None,
 ) -> Fit:  # fmt: skip
-    """With alpha and beta, found for the keys as they are stored."""
-    labels, val = footing.labels("train"), footing.features(state, "val")
-    scales = recipe(footing.config.dataset, len(labels)).scales
-    kept, values = keys.half(), F.one_hot(labels, footing.classes).float()
-    near = affinity(val, kept.float())
-    found = search(state.logits(val), lambda beta: votes(near, values, beta), footing.labels("val"), scales)
+    labels, kept = footing.labels("train"), keys.half()
+    found = _found(footing, state, kept)
     stored = {
         "keys": kept.cpu(), "labels": labels.int().cpu(),
         "alpha": torch.tensor(found["alpha"]), "beta": torch.tensor(found["beta"]),
     }  # fmt: skip
-    chosen = found | {"scales": [list(scale) for scale in scales], "views": min(AUGMENTED, footing.views)} | chosen
+    scales = [list(scale) for scale in recipe(footing.config.dataset, len(labels)).scales]
+    chosen = found | {"scales": scales, "views": min(AUGMENTED, footing.views)} | chosen
     return Fit(stored, trained, chosen, steps, published)

@@ -195,7 +195,7 @@ def test_joint_masks_take_the_steps_of_the_method(tmp_path, monkeypatch):
     from rmt.peers.masks import RAMT
     from rmt.step import Step
 
-    monkeypatch.setattr("rmt.peers.joint.warm_cosine", lambda lr, epochs, per_epoch, steps: [0.0] * steps)
+    monkeypatch.setattr("rmt.peers.joint.dassl_rates", lambda lr, steps, epochs: [0.0] * steps)
     footing = dataclasses.replace(peer_tools.footing(tmp_path), folder=tmp_path / "joint")
     joint = Joint(RAMT(), CoOp())
     state = footing.start()

@@ -94,6 +94,7 @@ def test_parse(text, name, parts):
     ("coop+cocoop", "class vectors"),
     ("tip+linear_probe", "the head"),
     ("linear_probe+coop", "does not read the class vectors"),
+    ("linear_probe_zs+cocoop", "one vector a class"),
     ("ramt+ramt", "once"),
     ("rant", "did you mean ramt"),
 ])  # fmt: skip

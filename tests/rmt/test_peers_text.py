@@ -25,9 +25,11 @@ WEIGHTS = tiny.SHARED / "weights" / "deit_ti16_lit"
 
 @pytest.fixture(scope="module")
 def longer():
-    """CoOp's 16 vectors need more than the 16 tokens of the tiny tower."""
+    """CoOp's 16 vectors need more than the 16 tokens of the tiny tower, and more than its one block: in a first block
+    the class name's tokens do not see the vectors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.MODEL["text_cfg"], "context_length", 32)
+        patch.setitem(tiny.MODEL["text_cfg"], "layers", 3)
         yield
 
 
@@ -38,9 +40,15 @@ def model(request, longer):
 
 @pytest.fixture(scope="module")
 def footing(longer, tmp_path_factory):
-    made = peer_tools.footing(tmp_path_factory.mktemp("texts"), max_steps=60, rates=dict.fromkeys(TEXTS, 0.5))
-    made.loaded.model.requires_grad_(False)
-    return made
+    """Its text tower tells the class names apart more than a random one does."""
+    made = peer_tools.footing(tmp_path_factory.mktemp("texts"), max_feature_steps=100)
+    model = made.loaded.model.requires_grad_(False)
+    model.token_embedding.weight.mul_(20)
+    for block in model.transformer.resblocks:
+        for layer in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+            layer.weight.mul_(2)
+    text = clip.Text.make(made.loaded, made.split.classnames, peer_tools.TEMPLATE)
+    return replace(made, text=text)
 
 
 tokenizer = open_clip.SimpleTokenizer(context_length=32)
@@ -93,7 +101,7 @@ def test_words_give_zero_shot_in_a_trained_tower():
     classnames = ["airplane", "brontosaurus", "sea_horse"]
     context = make(loaded.model, init=PHOTO, tokenizer=loaded.tokenizer, classnames=classnames)
     assert torch.equal(context.text(), clip.text_features(loaded, classnames, "a photo of a {}."))
-    assert make(loaded.model, 16, tokenizer=loaded.tokenizer, classnames=classnames).text().shape == (3, 192)
+    assert make(loaded.model, 16, tokenizer=loaded.tokenizer, classnames=classnames).text().shape == (3, 256)
 
 
 @pytest.mark.parametrize("class_specific", [False, True])
@@ -104,20 +112,22 @@ def test_text_is_the_tower_written_out(model, n_ctx, class_specific):
     assert [name for name, _ in context.named_parameters()] == ["vectors"]
     with torch.no_grad():
         context.vectors.mul_(20)  # so that they matter beside the positional embedding
-        want = text_tower(model, ids(n_ctx), context.vectors.double().expand(4, -1, -1))
-        torch.testing.assert_close(context.text().double(), want, rtol=1e-5, atol=1e-6)
+        want, single = (text_tower(model, ids(n_ctx), v.expand(4, -1, -1)) for v in (
+            context.vectors.double(), context.vectors))  # fmt: skip
+        # The house's rule: at most twice as far from float64 as the formula in fp32.
+        assert (context.text() - want).norm() <= 2 * (single - want).norm() < 1e-4
 
 
 def test_gradient_is_the_slope_of_the_tower(model):
     """Central differences of the written-out tower in float64, in every direction; nothing else gets a gradient."""
-    context = make(model, 2)
+    context = make(model, 1)
     pull = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
     (context.text() * pull).sum().backward()
-    vectors, want, h = context.vectors.detach().double(), torch.zeros(2, 32).double(), 1e-5
+    vectors, want, h = context.vectors.detach().double(), torch.zeros(1, 32).double(), 1e-5
     for index in range(vectors.numel()):
         step = torch.zeros_like(vectors)
         step.view(-1)[index] = h
-        up, down = (text_tower(model, ids(2), (vectors + s).expand(4, -1, -1)) for s in (step, -step))
+        up, down = (text_tower(model, ids(1), (vectors + s).expand(4, -1, -1)) for s in (step, -step))
         want.view(-1)[index] = ((up - down) * pull).sum() / (2 * h)
     assert want.abs().max() > 0.1
     torch.testing.assert_close(context.vectors.grad.double(), want, rtol=1e-4, atol=1e-4 * want.abs().max())
@@ -189,11 +199,12 @@ def test_hook_goes_whatever_happens(model):
 
 
 def test_autocast(model):
-    context = make(model)
+    """As a plain call under it, to the bit; fp32 outside."""
+    tokens = clip.Text.make(clip.Clip(model, None, tokenizer), NAMES, "a photo of a {}.").tokens
+    context = make(model, init=PHOTO)
     with torch.autocast("cpu", torch.bfloat16):
-        low = context.text()
-    assert low.dtype == torch.float32 and not torch.equal(low, context.text())
-    assert F.cosine_similarity(low, context.text()).min() > 0.999
+        low, want = context.text(), F.normalize(model.encode_text(tokens).float(), dim=-1)
+    assert low.dtype == torch.float32 and torch.equal(low, want) and not torch.equal(low, context.text())
     (grad,) = torch.autograd.grad(low.sum(), context.vectors)
     assert grad.dtype == torch.float32 and grad.any()
 
@@ -246,16 +257,16 @@ def test_rates_are_dassls():
         want += [optimizer.param_groups[0]["lr"]] * 3
         optimizer.step()
         schedule.step()
-    rates = coop.warm_cosine(2e-3, 50, 3, 150)
+    rates = coop.dassl_rates(2e-3, 150, 50)
     assert rates == pytest.approx(want, rel=1e-9)
-    assert coop.warm_cosine(2e-3, 50, 3, 10) == rates[::15]
+    assert coop.dassl_rates(2e-3, 10, 50) == rates[::15]
 
 
 @pytest.mark.parametrize("name", ["coop", "coop_csc"])
 def test_two_steps_written_out(longer, tmp_path, name):
     """SGD with momentum 0.9 and weight decay 5e-4 on all eight images at once, at the rates of epochs 0 and 50 of 100;
     the class vectors are of the written-out tower, in float64."""
-    footing = peer_tools.footing(tmp_path, shots=2, max_steps=2)
+    footing = peer_tools.footing(tmp_path, shots=2, max_feature_steps=2)
     state, method = footing.start(), names.method(name)
     fit = method.fit(footing, state)
     v = make(state.model, 16, class_specific=name == "coop_csc", seed=1).vectors.detach().double()
@@ -269,15 +280,16 @@ def test_two_steps_written_out(longer, tmp_path, name):
         moment = 0.9 * moment + grad + 5e-4 * v
         v = v - rate * moment
     start = make(state.model, 16, class_specific=name == "coop_csc", seed=1).vectors
-    assert (v - start).abs().max() > 1e-4
-    torch.testing.assert_close(fit.stored["context"].double(), v, rtol=0, atol=1e-7)
+    moved = (v - start).abs().max().item()
+    assert moved > 1e-4
+    torch.testing.assert_close(fit.stored["context"].double(), v, rtol=0, atol=1e-4 * moved)
     assert (fit.steps, fit.published_steps, fit.trained) == (2, 100, v.numel())
-    # Shared weights that could take a gradient have none.
-    assert all(p.requires_grad and p.grad is None for p in state.model.parameters())
+    assert all(p.grad is None for p in state.model.parameters())
 
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_fit_and_restore(footing, name, tmp_path):
+    footing = replace(footing, max_feature_steps=8)
     state, method = footing.start(), names.method(name)
     fit = method.fit(footing, state)
     again = method.fit(footing, state)
@@ -291,10 +303,19 @@ def test_fit_and_restore(footing, name, tmp_path):
         fit.stored, safetensors.torch.load_file(tmp_path / "stored")))  # fmt: skip
     assert torch.equal(a.logits(features), b.logits(features)) and not a.logits(features).requires_grad
     assert a.model is state.model and a.stack == () and a.text.shape == (4, 32)
-    labels = footing.labels("test")
-    before, after = ((s.logits(features).argmax(1) == labels).float().mean() for s in (state, a))
-    losses = [F.cross_entropy(s.logits(features), labels) for s in (state, a)]
-    assert after > before and losses[1] < losses[0], (before, after, losses)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_learns(footing, name):
+    """At the authors' rate, from where its vectors start."""
+    state, method = footing.start(), names.method(name)
+    features, labels = footing.features(state, "test"), footing.labels("test")
+    module = method._module(footing, state) if name == "cocoop" else method.context(footing, state.model)
+    logits = [method.restore(footing, state, stored).logits(features) for stored in (
+        module.stored(), method.fit(footing, state).stored)]  # fmt: skip
+    loss = [F.cross_entropy(x, labels).item() for x in logits]
+    right = [(x.argmax(1) == labels).float().mean().item() for x in logits]
+    assert loss[1] < 0.8 * loss[0] and right[1] > right[0], (loss, right)
 
 
 def test_coop_is_the_written_out_classifier(footing):
@@ -329,7 +350,7 @@ def test_cocoop_written_out(footing, monkeypatch):
 
 def test_cocoop_starts_as_the_authors(footing):
     """Words, and nn.Linear's own start; batch 1 over 10 epochs, of which the first is warm-up."""
-    still = replace(footing, max_steps=16, rates={"cocoop": 1e-20})
+    still = replace(footing, max_feature_steps=16, rates={"cocoop": 1e-20})
     fit = names.method("cocoop").fit(still, footing.start())
     assert fit.published_steps == 160 and fit.steps == 16
     table = footing.loaded.model.token_embedding.weight
@@ -347,19 +368,19 @@ def test_cocoop_starts_as_the_authors(footing):
 
 @pytest.mark.parametrize("name", ["coop", "cocoop"])
 def test_bf16(footing, name):
-    """Training under autocast gives other vectors, near those of fp32."""
-    low = replace(footing, config=replace(footing.config, train=replace(footing.config.train, precision="bf16")),
-                  max_steps=6, rates={})  # fmt: skip
-    full = replace(footing, max_steps=6, rates={})
-    a, b = (names.method(name).fit(f, footing.start()).stored for f in (low, full))
+    """Training under autocast goes another way than in fp32, but along it."""
+    train = replace(footing.config.train, precision="bf16")
+    full, still = (replace(footing, max_feature_steps=n, rates=r) for n, r in ((3, {}), (1, {name: 1e-20})))
+    low = replace(full, config=replace(full.config, train=train))
+    a, b, start = (names.method(name).fit(f, footing.start()).stored for f in (full, low, still))
     for key in a:
-        assert a[key].dtype == torch.float32 and not torch.equal(a[key], b[key])
-        torch.testing.assert_close(a[key], b[key], rtol=0, atol=2e-3)
+        assert b[key].dtype == torch.float32
+        assert not torch.equal(a[key], b[key])
+        assert F.cosine_similarity((a[key] - start[key]).flatten(), (b[key] - start[key]).flatten(), dim=0).item() > 0.9
 
 
-def test_a_name_too_long_for_16_vectors(tmp_path, monkeypatch):
-    monkeypatch.setitem(tiny.MODEL["text_cfg"], "context_length", 16)
-    footing = peer_tools.footing(tmp_path, max_steps=1)
+def test_a_name_too_long_for_16_vectors(tmp_path):
+    footing = peer_tools.footing(tmp_path, context=16, max_feature_steps=1)
     with pytest.raises(UserError, match=r"16 context vectors and the class name 'blue sky' must fit.*coop_photo"):
         names.method("coop").fit(footing, footing.start())
     assert names.method("coop_photo").fit(footing, footing.start()).steps == 1
