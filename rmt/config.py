@@ -116,6 +116,7 @@ class TrainConfig:
         lr: Adam's first step size. epochs: whole passes. steps: how many to take in place of epochs.
         batch: images a step. accumulate: equal parts that a batch is cut into, to save memory.
         strength: of gradient dropout, the paper's lambda: 1 zeroes what is dropped, 0 drops nothing (AMT).
+        dropout: agreement is the method; random, sign and kl are its rivals, for experiments: see `rmt.rivals`.
         l2: coefficient of the sum of the scores' norms. temperature: of the general loss.
         schedule: auto adds epochs where a run is too short for masks to flip; paper keeps the recipe.
         flip: mirror half of the training images, as the official code; not for digits, text or signs.
@@ -134,6 +135,7 @@ class TrainConfig:
     batch: int = 32
     accumulate: int = 1
     strength: float | None = None
+    dropout: Literal["agreement", "random", "sign", "kl"] = "agreement"
     l2: float = 1e-4
     temperature: float = 1.0
     schedule: Literal["auto", "paper"] = "auto"
@@ -165,6 +167,12 @@ class TrainConfig:
         _need(self, "adam", "fp32, bf16 or 8bit", self.adam in ("fp32", "bf16", "8bit"))
         _need(self, "schedule", "auto or paper", self.schedule in ("auto", "paper"))
         _need(self, "precision", "fp32 or bf16", self.precision in ("fp32", "bf16"))
+        _need(self, "dropout", "agreement, random, sign or kl", self.dropout in ("agreement", "random", "sign", "kl"))
+        if self.graph and self.dropout != "agreement":
+            raise UserError(
+                f"graph captures the method's own step, dropout agreement: the rival {self.dropout} is plain PyTorch, "
+                "which no test has captured. Leave graph out"
+            )
         if self.batch < self.accumulate:
             raise UserError(f"accumulate must be at most batch ({self.batch}), got {self.accumulate}")
 

@@ -78,6 +78,11 @@ class Gradients:
             self._unchain(GENERAL, i)
         return self._buffers[TASK][i], self._buffers[GENERAL][i], self._chained[TASK][i]
 
+    def replace(self, i: int, gradient: Tensor) -> None:
+        """Puts one gradient of mask i's scores in the place of its task gradient."""
+        self._buffer(TASK, i).copy_(gradient)
+        self._chained[TASK][i] = False
+
     def release(self, i: int) -> None:
         """Gives mask i's buffers back."""
         for buffers in self._buffers:

@@ -5,7 +5,8 @@ threshold, repacking and the refreshed masked weight; where `.grad` is set, all 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,24 @@ class MaskAdam(torch.optim.Optimizer):
     def take(self, dropout: Dropout, more: bool) -> None:
         """What `rmt.backward` calls once it has filled `gradients`: the next step is of them, unless there are more."""
         self.parts, self._dropout = (dropout, None) if more else (None, dropout)
+
+    @torch.no_grad()
+    def combine(self, rule: Callable[[Tensor, Tensor, Dropout, int], Tensor]) -> None:
+        """One gradient of the two that every mask holds, in place of the next step's own dropout.
+
+        rule: (a, b, dropout, stream) -> gradient, all of the scores' shape; `a` has the L2 term in it already.
+        """
+        dropout = self._dropout
+        self._refresh_norms()
+        for i in self.gradients.live:
+            mask = self.masks[i]
+            a, b, chained = self.gradients.pair(i, general=True)
+            a, b = (a * mask.weight, b * mask.weight) if chained else (a, b)
+            if dropout.l2:
+                # As the fused update has it, 0 / 0 kept out.
+                a = a + dropout.l2 / self._norms[i].clamp_min(torch.finfo(torch.float32).tiny) * mask.scores
+            self.gradients.replace(i, rule(a, b, dropout, i))
+        self._dropout = replace(dropout, general=False, l2=0.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets gradients, those in the buffers too."""

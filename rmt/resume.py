@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_whole
-from .config import UserError
+from .config import UserError, from_yaml, to_yaml
 from .optim import MaskAdam
 
 VERSION = 2
@@ -75,7 +75,7 @@ class Resume:
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
         for name, mine in self.fingerprint.items():
-            if (theirs := state["fingerprint"].get(name)) != mine:
+            if (theirs := _as_now(name, state["fingerprint"].get(name))) != mine:
                 raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
         return state
 
@@ -92,3 +92,13 @@ class Resume:
         torch.save(state, buffer)
         write_whole(self.path, buffer.getbuffer())
         self._written = time.monotonic()
+
+
+def _as_now(name: str, text: str | None) -> str | None:
+    """A config as this version writes it: fields that are newer than the file have their defaults."""
+    if name != "config" or text is None:
+        return text
+    try:
+        return to_yaml(from_yaml(text))
+    except UserError:
+        return text

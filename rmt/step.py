@@ -12,6 +12,7 @@ from . import clip
 from .backward import backward
 from .config import TrainConfig
 from .optim import MaskAdam
+from .rivals import drop
 from .tail import class_token_tail
 
 
@@ -51,6 +52,8 @@ def gradients(
     teacher are one model, that is 0: one forward serves both, no pass carries the 0 through the network, and a step
     costs half, to the same bits. And the last block's tail runs for the class token alone (`rmt.tail`). Without, the
     step is the official one op for op. `alike` says whether every bit is on; None: ask the masks.
+
+    Where `dropout` is a rival of the method's (`rmt.rivals`), one gradient takes the place of the two at the end.
     """
     device, outputs = optimizer.masks[0].scores.device, []
     if alike is None:
@@ -73,6 +76,8 @@ def gradients(
             l2=config.l2, more=n + 1 < len(parts),
         )  # fmt: skip
         outputs.append((logits.detach(), teacher, y))
+    if config.dropout != "agreement":
+        drop(optimizer, config.dropout)
     return tuple(torch.cat(t) for t in zip(*outputs))
 
 
