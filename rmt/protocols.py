@@ -49,15 +49,16 @@ def grid(config: RunConfig, out: str | Path, shots: Sequence[int | str], seeds: 
     # All configs first: a bad number among them must not be found hours later.
     configs = {(k, s): dataclasses.replace(config, shots=k, seed=s) for k in shots for s in seeds}
     cells = {(k, s): Path(out) / f"shots{k}" / f"seed{s}" for k, s in configs}
-    results, failed = _each(cells, lambda cell, folder: run(configs[cell], folder))
+    known: dict = {}
+    results, failed = each(cells, lambda cell, folder: run(configs[cell], folder, known))
     rows = []
     for k in shots:
         done = {s: results[k, s] for s in seeds if (k, s) in results}
         if done:
             rows.append({"shots": k, "seeds": list(done), **_summary(list(done.values()))})
     table = {"protocol": "coop", "rows": rows, "failed": failed}
-    _publish(table, out, ("shots", "seeds", "zero-shot", "tuned", "mean per class", "macro F1", "% off"), [
-        (r["shots"], len(r["seeds"]), _pm(r["zero_shot"]), *(_pm(r[m]) for m in _MEASURES), _pm(r["percent_off"]))
+    publish(table, out, ("shots", "seeds", "zero-shot", "tuned", "mean per class", "macro F1", "% off"), [
+        (r["shots"], len(r["seeds"]), shown(r["zero_shot"]), *(shown(r[m]) for m in _MEASURES), shown(r["percent_off"]))
         for r in rows
     ])  # fmt: skip
     return table
@@ -82,12 +83,15 @@ def base_to_new(config: RunConfig, out: str | Path, seeds: Sequence[int]) -> dic
     if config.classes != "all":
         raise UserError(f"base to new takes both halves itself: classes must be all, got {config.classes!r}")
     cells = {seed: Path(out) / f"seed{seed}" for seed in seeds}
-    pairs, failed = _each(cells, lambda seed, folder: _base_and_new(config, seed, folder))
+    pairs, failed = each(cells, lambda seed, folder: _base_and_new(config, seed, folder))
     table = {"protocol": "coop", "seeds": {str(seed): pair for seed, pair in pairs.items()}, "failed": failed}
     table["rows"] = {name: _halves([pair[name] for pair in pairs.values()]) for name in ("zero_shot", "tuned") if pairs}
     header = ("", "base", "new", "H of the means", "mean of the H")
-    _publish(table, out, header, [
-        (name.replace("_", "-"), _pm(r["base"]), _pm(r["new"]), f"{r['harmonic_of_means']:.2f}", _pm(r["harmonic"]))
+    publish(table, out, header, [
+        (
+            name.replace("_", "-"), shown(r["base"]), shown(r["new"]), f"{r['harmonic_of_means']:.2f}",
+            shown(r["harmonic"]),
+        )
         for name, r in table["rows"].items()
     ])  # fmt: skip
     return table
@@ -141,7 +145,7 @@ def cross_domain(folder: str | Path, datasets: Sequence[str], root: str | Path, 
         template = split.template or config.template or TEMPLATE
         return _measured(path, task.bits_sha256, split, template, other, setup)
 
-    results, failed = _each({key: out / f"{key}.json" for key in datasets}, measure)
+    results, failed = each({key: out / f"{key}.json" for key in datasets}, measure)
     table = {"protocol": "coop", "run": str(folder), "rows": results, "failed": failed}
     if (source := Path(folder) / RESULT_FILE).is_file():
         table["source"] = {
@@ -151,7 +155,7 @@ def cross_domain(folder: str | Path, datasets: Sequence[str], root: str | Path, 
         (key, r["classes"], r["n"], *(f"{r[m]['acc1']:.2f}" for m in ("zero_shot", "metrics")))
         for key, r in results.items()
     ]
-    _publish(table, out, ("data set", "classes", "images", "zero-shot", "tuned"), rows)
+    publish(table, out, ("data set", "classes", "images", "zero-shot", "tuned"), rows)
     return table
 
 
@@ -175,7 +179,7 @@ def _measured(
     return result
 
 
-def _each(cells: dict, work: Callable) -> tuple[dict, dict[str, str]]:
+def each(cells: dict, work: Callable) -> tuple[dict, dict[str, str]]:
     """`work(name, path)` for every cell: (results by name, the failures' messages by path)."""
     results, failed = {}, {}
     for number, (name, path) in enumerate(cells.items(), 1):
@@ -188,11 +192,12 @@ def _each(cells: dict, work: Callable) -> tuple[dict, dict[str, str]]:
     return results, failed
 
 
-def _pm(value: dict[str, float | None]) -> str:
+def shown(value: dict[str, float | None]) -> str:
+    """What `spread` returns, as text."""
     return f"{value['mean']:.2f}" if value["sd"] is None else f"{value['mean']:.2f} ± {value['sd']:.2f}"
 
 
-def _publish(table: dict, out: str | Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+def publish(table: dict, out: str | Path, header: tuple[str, ...], rows: list[tuple]) -> None:
     """Prints aligned columns and writes table.json."""
     lines = [header, *(tuple(str(cell) for cell in row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -33,10 +33,14 @@ from .train import tune
 METRICS_FILE, RESUME_FILE, FEWSHOT_FILE = "metrics.jsonl", "last.pt", "fewshot.json"
 
 
-def run(config: RunConfig, out: str | Path) -> dict:
+def run(config: RunConfig, out: str | Path, known: dict[tuple, Accuracy] | None = None) -> dict:
     """Runs, goes on with, or reads back the run of `config` in `out`. Returns what `result.json` holds.
 
     A finished run is not run again; one that was killed goes on where its last resume file stands.
+
+    Args:
+        known: zero-shot accuracies, by what they belong to: read, and added to. One for all runs of a command saves the
+            measurements that would give the same numbers.
 
     Raises: UserError for what the user can mend, and where `out` holds another run.
     """
@@ -54,10 +58,11 @@ def run(config: RunConfig, out: str | Path) -> dict:
     write_whole(out / CONFIG_FILE, to_yaml(asked).encode())
     write_json(out / FEWSHOT_FILE, {"train": [i.path for i in split.train], "val": [i.path for i in split.val]})
     _say_what_follows(setup, made, batches)
-    zero_shot = setup.test(frozen=True)
+    zero_shot = _zero_shot(setup, {} if known is None else known)
     print(f"zero-shot  {zero_shot}", flush=True)
     seconds = tune_masks(setup, config, made, batches, out)
     result = _finish(setup, config, out, zero_shot, seconds)
+    result |= {"steps": len(made.rates), "schedule": made.message}
     write_json(out / RESULT_FILE, result)
     return result
 
@@ -97,6 +102,19 @@ def _say_what_follows(setup: Setup, made: Plan, batches: TrainBatches) -> None:
     )
     if made.message:
         print(f"schedule   {made.message}")
+
+
+def _zero_shot(setup: Setup, known: dict[tuple, Accuracy]) -> Accuracy:
+    """Of the frozen model. Its modules round in ways of their own where they have masks: which do is in the key."""
+    config, split = setup.config, setup.split
+    key = (
+        config.model, config.pretrained, config.image_size, str(setup.device), setup.template, split.classnames,
+        tuple((str(item.path), item.label) for item in split.test),
+        tuple((mask.key, mask.selected is None) for mask in setup.masks),
+    )  # fmt: skip
+    if key not in known:
+        known[key] = setup.test(frozen=True)
+    return known[key]
 
 
 def tune_masks(setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, out: Path) -> float:

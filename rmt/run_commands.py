@@ -38,7 +38,7 @@ def train(args: "Namespace") -> None:
         run(config, args.out)
         return
     shots = shots if isinstance(shots, list) else [shots]
-    _report_failures(grid(config, args.out, shots, args.seeds or [config.seed]))
+    report_failures(grid(config, args.out, shots, args.seeds or [config.seed]))
 
 
 def b2n_options(parser: "ArgumentParser") -> None:
@@ -53,10 +53,11 @@ def b2n(args: "Namespace") -> None:
     check_protocol(args.protocol)
     if isinstance(args.shots, list) or not args.seeds:
         raise UserError(f"b2n needs one number of shots and some seeds, got {args.shots} and {args.seeds}")
-    _report_failures(base_to_new(run_config(args), args.out, args.seeds))
+    report_failures(base_to_new(run_config(args), args.out, args.seeds))
 
 
-def _report_failures(table: dict) -> None:
+def report_failures(table: dict) -> None:
+    """Raises UserError where a table has cells that failed."""
     if failed := table["failed"]:
         path, why = next(iter(failed.items()))
         raise UserError(f"{len(failed)} failed, the others are done: {path}: {why}")
@@ -179,4 +180,4 @@ def xd(args: "Namespace") -> None:
     root = args.root or read_config(args.run).root
     if root is None:
         raise UserError(f"xd needs --root, the folder of data sets: {args.run} was trained on a folder of its own")
-    _report_failures(cross_domain(args.run, args.datasets, root, **({"device": args.device} if args.device else {})))
+    report_failures(cross_domain(args.run, args.datasets, root, **({"device": args.device} if args.device else {})))

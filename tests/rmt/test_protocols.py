@@ -74,10 +74,10 @@ def test_a_grid_makes_one_table_of_all_runs_and_reads_it_back(config, tmp_path, 
 def test_a_cell_that_fails_leaves_the_others_alone(config, tmp_path, monkeypatch, capsys):
     real = protocols.run
 
-    def run(cell, folder):
+    def run(cell, folder, known):
         if cell.seed == 2:
             raise OSError(28, "No space left on device", str(folder))
-        return real(cell, folder)
+        return real(cell, folder, known)
 
     monkeypatch.setattr(protocols, "run", run)
     table = grid(config, tmp_path, [1], [1, 2, 3])
