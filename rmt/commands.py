@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from . import ablate_command as ablating
 from . import compare_command as comparing
 from . import plan_command as planning
 from . import run_commands as runs
@@ -135,6 +136,8 @@ COMMANDS = {
     "train": Command("Tune masks on a few images a class.", runs.train_options, runs.train, run=True),
     "eval": Command("Measure a finished run, or a task that was shared.", runs.eval_options, runs.evaluate),
     "b2n": Command("Base to new: tune on half of the classes, test on both.", runs.b2n_options, runs.b2n, run=True),
+    "ablate": Command("Vary one part of the method at a time, and tabulate.",
+                      ablating.options, ablating.command, run=True),
     "xd": Command("Measure a run's masks on other data sets.", runs.xd_options, runs.xd),
     "compare": Command("Mask tuning beside its peers, and on top of them: one sample, one table.",
                        comparing.options, comparing.compare, run=True),

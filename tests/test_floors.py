@@ -27,6 +27,8 @@ FLOORS = {
     "rmt.run": 6,
     "rmt.plan": 6,
     "rmt.protocols": 7,
+    "rmt.ablations": 7,
+    "rmt.ablate_command": 7,
     "rmt.demo": 7,
     "rmt.figures": 7,
     "rmt.report": 7,
