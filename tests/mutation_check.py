@@ -46,6 +46,8 @@ COMPARE = ["tests/rmt/test_compare.py"]
 STACKING = ["tests/rmt/test_stacking.py"]
 HUB = ["tests/rmt/test_hub.py"]
 BANK = ["tests/rmt/test_bank.py"]
+RIVALS = ["tests/rmt/test_rivals.py"]
+ABLATE = ["tests/rmt/test_ablate.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -74,6 +76,17 @@ MUTATIONS = [
     ("full fine-tuning without clipping", "rmt/peers/full_ft.py", "lr, decay, clip = 1e-5, 0.1, 1.0",
      "lr, decay, clip = 1e-5, 0.1, None", TOWERS),
     ("WiSE-FT is the fine-tuned model", "rmt/peers/full_ft.py", "(1 - ALPHA) * p + ALPHA *", "0 * p +", TOWERS),
+    ("sign drops where there is no general gradient", "rmt/rivals.py", "a.sign() * b.sign() >= 0",
+     "a.sign() * b.sign() > 0", RIVALS),
+    ("random keeps the share of a rounded probability", "rmt/rivals.py", "keep_probability(a, b).mean(",
+     "keep_probability(a, b).round().mean(", RIVALS),
+    ("the L2 term twice with a rival", "rmt/optim.py", "replace(dropout, general=False, l2=0.0)",
+     "replace(dropout, general=False)", RIVALS),
+    ("an older resume file is another run's", "rmt/resume.py", "return to_yaml(from_yaml(text))", "return text",
+     RIVALS),
+    ("an ablation's runs are never stretched", "rmt/ablations.py", "epochs=config.train.epochs",
+     "epochs=full.train.epochs", ABLATE),
+    ("zero-shot shared by models of other masks", "rmt/run.py", "(mask.key, mask.selected is None)", "()", ABLATE),
     ("answers in the order of the tasks", "rmt/bank.py",
      "index_copy_(0, index, features)", "copy_(features)", BANK),
     ("a swap does not wait", "rmt/bank.py", "with self._swap.writing():", "with contextlib.nullcontext():", BANK),
