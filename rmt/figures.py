@@ -19,21 +19,28 @@ STYLE = {
     "xtick.color": GREY, "ytick.color": GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "svg.hashsalt": "rmt",
 }  # fmt: skip
+# For pictures that bring their own white ground: full contrast on a dark page and on paper.
+PAPER = {key: "#5b6570" for key, value in STYLE.items() if value == GREY} | {
+    "text.color": "#1c2733", "axes.titlecolor": "#1c2733", "axes.edgecolor": "#9aa3ab", "savefig.facecolor": "white",
+}  # fmt: skip
 # Cells along a mask's longer side: 96 are still told apart at the printed size.
 CELLS = 96
 
 
-def draw(paint: Callable[["Figure"], None], width: float, height: float, kind: str = "svg") -> str:
-    """The URI of what `paint` draws on a figure of this size in inches. Letters become paths: no font is needed."""
+def draw(paint: Callable[["Figure"], None], width: float, height: float, kind: str = "svg", paper: bool = False) -> str:
+    """The URI of what `paint` draws on a figure of this size in inches. Letters become paths: no font is needed.
+
+    paper: on a white ground of its own, in ink; otherwise on none, in colours that suit light and dark.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE | PAPER if paper else STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
         file = BytesIO()
         dated = {"Date": None} if kind == "svg" else {}
-        figure.savefig(file, format=kind, transparent=True, dpi=160, metadata=dated)
+        figure.savefig(file, format=kind, transparent=not paper, dpi=160, metadata=dated)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(file.getvalue()).decode()}"
 
