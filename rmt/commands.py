@@ -95,19 +95,23 @@ def _data_check(args: "Namespace") -> int:
 
 
 def _report_options(parser: "ArgumentParser") -> None:
-    about = "folder that rmt train wrote, or a task; of two or more on one base model the page shows the overlap"
-    parser.add_argument("runs", type=str, nargs="+", metavar="RUN_OR_TASK", help=about)
+    about = (
+        "folder that rmt compare, train (grids too) or b2n wrote, a folder of such folders, a bundle of results "
+        "(JSON), or a task; of two or more tasks on one base model the page shows the overlap"
+    )
+    parser.add_argument("runs", type=str, nargs="+", metavar="PATH", help=about)
     parser.add_argument(
-        "--out", type=str, help="HTML file to write (default: RUN/report.html; of several, report.html)"
+        "-o", "--out", type=str, help="HTML file to write (default: PATH/report.html; of several, report.html)"
     )
 
 
 def _report(args: "Namespace") -> None:
-    from .report import report_tasks
+    from .report_compare import report
 
-    one = len(args.runs) == 1 and not is_id(args.runs[0])
-    out = args.out or (f"{args.runs[0]}/report.html" if one or Path(args.runs[0]).is_dir() else "report.html")
-    print(f"report     {report_tasks(args.runs, out, f'rmt report {shlex.join(args.runs)} --out {out}')}")
+    first, alone = Path(args.runs[0]), len(args.runs) == 1
+    inside = alone and not first.is_file() and (first.is_dir() or not is_id(args.runs[0]))
+    out = args.out or (f"{args.runs[0]}/report.html" if inside else "report.html")
+    print(f"report     {report(args.runs, out, f'rmt report {shlex.join(args.runs)} --out {out}')}")
 
 
 def _demo_options(parser: "ArgumentParser") -> None:
@@ -163,6 +167,6 @@ COMMANDS = {
                     _demo_options, _demo),
     "serve": Command("Answer over HTTP, many tasks in one batch (pip install 'rmt[serve]').",
                      serving.options, serving.serve),
-    "report": Command("Write one HTML page about a finished run.", _report_options, _report),
+    "report": Command("Write one HTML page about runs, comparisons, tables, tasks.", _report_options, _report),
     "doctor": Command("Versions, backends and a self-test.", _json_option, _doctor),
 }  # fmt: skip

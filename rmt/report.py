@@ -29,18 +29,40 @@ h2 { margin: 2.6rem 0 .5rem; font-size: 1.1rem; font-weight: 600; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; }
 .lead, figcaption, footer { color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .94rem; }
-th, td { padding: .38rem 1.4rem .38rem 0; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
+th, td { padding: .36rem 1.1rem .36rem 0; text-align: right; white-space: nowrap; }
 th, td { border-bottom: 1px solid var(--line); }
 th { font-weight: 500; color: var(--soft); }
 th:first-child, td:first-child { text-align: left; }
+.long th { text-align: left; }
+.long td { white-space: normal; min-width: 6rem; text-align: left; vertical-align: top; }
 tr.strong td { font-weight: 600; background: var(--wash); }
 figure { margin: 1rem 0 1.4rem; }
 img { display: block; max-width: 100%; height: auto; }
+.paper { overflow-x: auto; }
+.paper img { background: #fff; border-radius: 4px; min-width: 34rem; }
+.cards { display: flex; flex-wrap: wrap; gap: .9rem 1.1rem; margin: .8rem 0 1.4rem; }
+.cards figure { margin: 0; width: 6.5rem; }
+.cards img { max-height: 96px; border-radius: 3px; }
+.cards figcaption { font-size: .75rem; line-height: 1.35; overflow-wrap: anywhere; }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
 figcaption { font-size: .85rem; margin-top: .3rem; max-width: 46rem; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .8rem; }
 footer td { text-align: left; white-space: normal; overflow-wrap: anywhere; border: 0; padding: .1rem 1rem .1rem 0; }
-footer td:first-child { white-space: nowrap; vertical-align: top; }
+footer td:first-child { min-width: 6rem; max-width: 14rem; vertical-align: top; }
+@media (max-width: 40rem) { body { padding: 1.5rem .9rem 3rem; } th, td { padding-right: .9rem; } }
+@media print {
+  :root { color-scheme: light; --ink: #000; --soft: #444; --line: #bbb; --page: #fff; --wash: #f2f2f2; }
+  @page { margin: 14mm; }
+  body { max-width: none; padding: 0; font-size: 10.5pt; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  thead { display: table-header-group; }
+  .wide, .paper { overflow: visible; }
+  .paper img { min-width: 0; }
+  table { font-size: 7.5pt; }
+  th, td { padding-right: .7em; }
+}
 </style>
 </head>
 <body>
@@ -50,18 +72,29 @@ footer td:first-child { white-space: nowrap; vertical-align: top; }
 <h2>{{ section.title }}</h2>
 {% if section.text %}<p>{{ section.text }}</p>{% endif %}
 {% if section.table %}
-<div class="wide"><table>
+<div class="wide"><table{% if section.table.words %} class="long"{% endif %}>
 <thead><tr>{% for cell in section.table.head %}<th>{{ cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in section.table.rows %}
 <tr{% if loop.index0 == section.table.strong %} class="strong"{% endif %}>
-{%- for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- for cell in row %}
+<td>{% if cell.best is defined %}<b>{{ cell }}</b>{% else %}{{ cell }}{% endif %}</td>
+{%- endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
 {% for figure in section.figures %}
-<figure><img src="{{ figure.uri }}" alt="{{ figure.caption }}"><figcaption>{{ figure.caption }}</figcaption></figure>
+<figure{% if figure.paper %} class="paper"{% endif %}>
+<img src="{{ figure.uri }}" alt="{{ figure.caption }}"><figcaption>{{ figure.caption }}</figcaption></figure>
 {% endfor %}
+{% if section.cards %}
+<div class="cards">
+{% for card in section.cards %}
+<figure><img src="{{ card.uri }}" alt="{{ card.caption }}"><figcaption>{{ card.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% endif %}
+{% if section.note %}<p class="lead">{{ section.note }}</p>{% endif %}
 {% endfor %}
 <footer><table>
 {% for name, value in provenance.items() %}
@@ -77,28 +110,41 @@ MASKS_CAPTION = (
 )
 
 
+class Best(str):
+    """A table's cell that is set in bold."""
+
+    best = True
+
+
 class Table(NamedTuple):
-    """strong: the row that is set off from the others."""
+    """strong: the row that is set off from the others. words: of sentences, which are broken into lines."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: int | None = None
+    words: bool = False
 
 
 class Figure(NamedTuple):
-    """uri: from `rmt.figures`. caption: what is to be seen, for people who do not see it as well."""
+    """uri: from `rmt.figures`. caption: what is to be seen, for people who do not see it as well.
+
+    paper: it brings a white ground, and is scrolled sideways rather than shrunk until it cannot be read.
+    """
 
     uri: str
     caption: str
+    paper: bool = False
 
 
 class Section(NamedTuple):
-    """A heading with a paragraph, a table, figures: what is given of them, in this order."""
+    """A heading with a paragraph, a table, figures, small pictures, a note: what is given of them, in this order."""
 
     title: str
     text: str = ""
     table: Table | None = None
     figures: Sequence[Figure] = ()
+    cards: Sequence[Figure] = ()
+    note: str = ""
 
 
 def write_report(
