@@ -48,6 +48,7 @@ HUB = ["tests/rmt/test_hub.py"]
 BANK = ["tests/rmt/test_bank.py"]
 RIVALS = ["tests/rmt/test_rivals.py"]
 ABLATE = ["tests/rmt/test_ablate.py"]
+REPORT = ["tests/rmt/test_report_compare.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -283,6 +284,11 @@ MUTATIONS = [
      "verdict.apart += int((apart & ~open_).sum())", "verdict.apart += 0", TRAIN_STEP),
     ("a product's result is its operand", "bench/floor.py",
      'self._tensor(call.out, "out")', "self._tensor(call.out, 0)", TRAIN_STEP),
+    ("an average over what some methods lack", "rmt/report_means.py",
+     "if all(k in methods.get(m, ()) for m in every)]", "if any(k in methods.get(m, ()) for m in every)]", REPORT),
+    ("methods on other training images", "rmt/report_data.py",
+     'if first.result["indices_sha256"] != cell.result["indices_sha256"]:', "if False:", REPORT),
+    ("the second best is bold", "rmt/report_compare.py", '== places[0]', '== places[-1]', REPORT),
 ]  # fmt: skip
 
 
