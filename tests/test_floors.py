@@ -46,8 +46,6 @@ FLOORS = {
     "rmt.plan_command": 7,
     "rmt.compare_command": 7,
     "rmt.peers": 7,
-    "rmt.ablate_command": 7,
-    "rmt.ablations": 7,
     "rmt.serve": 7,
     "rmt.failures": 7,
     "rmt.cli": 7,

@@ -3,8 +3,8 @@
     python bench/real/rates.py --model local-dir:PATH --data FOLDER [FOLDER ...] --json bench/results/real/rates.json
 
 A recipe that is cut to --max-steps moves less than its authors meant; this says by how much its rate is best raised.
-Each method gets the same factors. Test images are never looked at: the split that is measured has the validation images in
-their place. Cells are kept in --runs, so that it can be stopped and called again.
+Each method gets the same factors. Test images are never looked at: the split that is measured has the validation images
+in their place. Cells are kept in --runs, so that it can be stopped and called again.
 """
 
 import argparse
