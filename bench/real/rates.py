@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rmt.checkpoint import environment
 from rmt.config import RunConfig, TrainConfig
-from rmt.data import few_shot
+from rmt.evaluate import sampled
 from rmt.peers.cells import Sample
 from rmt.peers.compare import Options, Shared
 from rmt.peers.footing import Footing
@@ -50,8 +50,8 @@ def measured(args: argparse.Namespace, data: str) -> list[dict]:
         train=train,
     )  # fmt: skip
     shared, rows = Shared.load(config), []
-    taken, val = few_shot(shared.split.train, shared.split.val, args.shots, args.seed)
-    split = dataclasses.replace(shared.split, train=taken, val=[], test=val)
+    split = sampled(config)
+    split = dataclasses.replace(split, val=[], test=split.val)
     for factor in args.factors:
         rates = {name: PUBLISHED[name] * factor for name in args.methods}
         options = Options(max_steps=args.max_steps, rates=rates)
@@ -63,7 +63,7 @@ def measured(args: argparse.Namespace, data: str) -> list[dict]:
         for name in args.methods:
             result = sample.result(parse(name))
             rows.append({"dataset": shared.dataset, "method": name, "factor": factor, "rate": rates[name],
-                         "val_acc1": result["metrics"]["acc1"], "n": len(val)})  # fmt: skip
+                         "val_acc1": result["metrics"]["acc1"], "n": len(split.test)})  # fmt: skip
             print(rows[-1], flush=True)
             sample.forget([])
     return rows

@@ -38,6 +38,8 @@ class Sample:
         self.footing, self.out, self.dataset, self.command = footing, out, dataset, command
         self.model_sha256, self.options = model_sha256, options
         self._states: dict[tuple[str, ...], State] = {(): footing.start()}
+        # Peaks of the fits that the one in progress has taken over: it would have needed them too.
+        self._borrowed: list[int | None] = []
 
     def folder(self, units: Sequence[str]) -> Path:
         """OUT/{method}/shots{K}-seed{S}."""
@@ -81,6 +83,7 @@ class Sample:
         key = ("fitted", name)
         self.footing.shelf.put(key, None, fit["training_seconds"])
         self.footing.shelf.get(key, name, lambda: None)
+        self._borrowed.append(fit["peak_bytes"])
         return load_file(_tensors(self.folder(units), units[-1]), str(self.footing.device))
 
     def _fit(self, footing: Footing, units: tuple[str, ...], before: State) -> None:
@@ -88,11 +91,12 @@ class Sample:
         maker, shelf = unit(units[-1]), footing.shelf
         if maker.needs_val:
             footing.need_val(maker.name)
-        peak = PeakMemory(footing.device)
+        peak, self._borrowed = PeakMemory(footing.device), []
         with shelf.tally() as tally, shelf.watched(peak):
             start = time.perf_counter()
             fit = maker.fit(footing, before)
             own = time.perf_counter() - start - tally.made
+        peaks = [peak.bytes(), *self._borrowed]
         footing.folder.mkdir(parents=True, exist_ok=True)
         data = save({name: t.detach().cpu().contiguous() for name, t in fit.stored.items()})
         write_whole(_tensors(footing.folder, units[-1]), data)
@@ -100,7 +104,8 @@ class Sample:
             "unit": units[-1], "stored_bytes": (len(data) if fit.stored else 0) + fit.files,
             "trained_parameters": fit.trained, "chosen": fit.chosen, "steps": fit.steps,
             "published_steps": fit.published_steps, "own_seconds": own, "training_seconds": own + shelf.cost(tally),
-            "peak_bytes": peak.bytes(), "reused": tally.reused, "notes": list(fit.notes), "facts": fit.facts,
+            "peak_bytes": None if None in peaks else max(peaks), "reused": tally.reused, "notes": list(fit.notes),
+            "facts": fit.facts,
         })  # fmt: skip
 
     def _described(self, stack: Stack, units: tuple[str, ...]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import torch
 from .. import clip
 from ..checkpoint import sha256, write_json, write_whole
 from ..config import RunConfig, UserError
-from ..data import Cache, Split, read
-from ..evaluate import TEMPLATE
+from ..data import Cache, read, subset
+from ..evaluate import TEMPLATE, sampled
 from ..failures import FAILURES
 from ..protocols import spread
 from .cells import Sample
@@ -85,10 +85,9 @@ def compare(
 
 @dataclasses.dataclass
 class Shared:
-    """Of all samples: the model, the whole data, zero-shot class vectors, and what of the test images is kept."""
+    """Of all samples: the model, zero-shot class vectors, and what of the test images is kept."""
 
     loaded: clip.Clip
-    split: Split
     text: clip.Text
     template: str
     dataset: str
@@ -99,13 +98,13 @@ class Shared:
     @classmethod
     def load(cls, config: RunConfig) -> "Shared":
         """Raises UserError where the model or the data cannot be read."""
-        split = read(config)
+        split = subset(read(config), config.classes)
         loaded = clip.load(config.model, config.pretrained, config.image_size, clip.pick_device(config.device))
         loaded.model.requires_grad_(False)
         template = config.template or split.template or TEMPLATE
         text = clip.Text.make(loaded, split.classnames, template)
         name = config.dataset or Path(config.data).stem
-        return cls(loaded, split, text, template, name, sha256(loaded.model.state_dict()), Shelf(), Cache())
+        return cls(loaded, text, template, name, sha256(loaded.model.state_dict()), Shelf(), Cache())
 
 
 def _one_sample(
@@ -113,14 +112,15 @@ def _one_sample(
 ):  # fmt: skip
     """(stack, result, or why there is none) of every method."""
     try:
-        from ..data import few_shot
-
-        split = shared.split
-        if config.shots != "all":
-            train, val = few_shot(split.train, split.val, config.shots, config.seed)
-            split = dataclasses.replace(split, train=train, val=val)
         footing = Footing(
-            config, shared.loaded, split, shared.text, shared.template, shared.shelf, shared.cache, **vars(options)
+            config,
+            shared.loaded,
+            sampled(config),
+            shared.text,
+            shared.template,
+            shared.shelf,
+            shared.cache,
+            **vars(options),
         )
         sample = Sample(footing, out, shared.dataset, shared.model_sha256, options, command)
     except FAILURES as error:

@@ -20,6 +20,7 @@ from ..config import RunConfig
 from ..data import prefetch
 from ..masked import Mask
 from ..optim import MaskAdam
+from ..rivals import drop
 from ..step import both_logits
 from .context import Context
 from .coop import LR, CoOp, coop_chosen, coop_epochs, coop_optimizer
@@ -101,6 +102,8 @@ def _train(
                 task, (logits, cotangents[1]), optimizer, strength=train.strength, seed=config.seed, step=step,
                 l2=train.l2,
             )  # fmt: skip
+            if train.dropout != "agreement":
+                drop(optimizer, train.dropout)
             optimizer.step()
             vectors.step()
             done(step, task.item())

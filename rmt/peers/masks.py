@@ -10,7 +10,7 @@ from ..config import RunConfig, resolve, to_yaml
 from ..evaluate import CONFIG_FILE, TASK_FOLDER, Setup
 from ..masking import per_layer
 from ..model import MaskModel, get_mask_model
-from ..run import tune_masks
+from ..run import choose, tune_masks
 from ..schedule import Plan, plan
 from .footing import Footing, class_vectors
 from .method import Fit, Method, State, cosine_logits
@@ -48,8 +48,10 @@ class MaskTuning(Method):
     def setup(self, footing: Footing, state: State, config: RunConfig) -> Setup:
         """A masked copy of the state's model, ready to be tuned."""
         model = footing.copy(state)
-        masked = get_mask_model(model, config.mask)
         loaded = dataclasses.replace(footing.loaded, model=model)
+        unseen = dataclasses.replace(footing.split, test=[])
+        selection = choose(loaded, unseen, state.text, config) if config.select.criterion else None
+        masked = get_mask_model(model, config.mask, selection)
         # The text tower is the copy's own where it has masks, and must have its teacher's features before them.
         text = clip.Text(model, footing.text.tokens, state.text)
         return Setup(loaded, masked, masked.masks, footing.split, text, footing.template, config, footing.cache)

@@ -9,7 +9,7 @@ import torch
 
 from rmt import UserError
 from rmt.cli import main
-from rmt.config import RunConfig, TrainConfig
+from rmt.config import RunConfig, SelectConfig, TrainConfig
 from rmt.peers import cells, compare, names
 from rmt.peers.compare import Options
 from rmt.run import run
@@ -50,6 +50,24 @@ def test_every_method_is_measured_on_one_sample(done):
         assert (r["stored_bytes"] == 0) == (r["method"] == "zeroshot")
         assert r["sources"].keys() == set(r["parts"]) and all(r["sources"].values())
         assert r["peak_bytes"] is None or r["peak_bytes"] >= 0
+
+
+def test_the_half_of_the_classes_and_a_selection_are_those_of_rmt_train(place, tmp_path):
+    """--classes and --criterion mean what they mean there."""
+    config, _ = place
+    select = SelectConfig(criterion="snip", budget=0.5, batches=2)
+    config = dataclasses.replace(config, classes="base", select=select)
+    ordinary = run(config, tmp_path / "run")
+    compare.compare(config, tmp_path / "out", ["ramt", "zeroshot"], [4], [1], LIMITS)
+    mine, zero = (result(tmp_path / "out", name) for name in ("ramt", "zeroshot"))
+    assert mine["bits_sha256"] == ordinary["bits_sha256"] and mine["trained_parameters"] == ordinary["scored"]
+    assert mine["classnames"] == ordinary["classnames"] == ["blue sky", "green_leaf"]
+    assert zero["metrics"]["acc1"] == ordinary["zero_shot"]["acc1"]
+
+
+def test_what_starts_from_another_fit_needs_its_memory(done):
+    peaks = [result(done[1], name)["peak_bytes"] for name in ("full_ft", "wise_ft")]
+    assert None in peaks or peaks[1] >= peaks[0]
 
 
 def test_stored_bytes_are_those_of_the_files(done):
@@ -167,12 +185,10 @@ def test_bad_options(options, why):
 def test_frees_what_nobody_asks_for(place, tmp_path):
     config, _ = place
     shared = compare.Shared.load(config)
-    from rmt.data import few_shot
+    from rmt.evaluate import sampled
     from rmt.peers.footing import Footing
 
-    train, val = few_shot(shared.split.train, shared.split.val, 4, 1)
-    split = dataclasses.replace(shared.split, train=train, val=val)
-    args = (config, shared.loaded, split, shared.text, shared.template, shared.shelf, shared.cache)
+    args = (config, shared.loaded, sampled(config), shared.text, shared.template, shared.shelf, shared.cache)
     footing = Footing(*args, **vars(LIMITS))
     sample = cells.Sample(footing, tmp_path, "data", "", LIMITS, "")
     ramt, tip = names.parse("ramt"), names.parse("tip+ramt")
