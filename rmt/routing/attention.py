@@ -1,0 +1,105 @@
+"""Packed attention with routed products: `nn.MultiheadAttention`, and open_clip's own `Attention` of any version.
+
+A module changes its class while it is routed and keeps its tensors, their names and its place; the branches are
+children of it, so that they move, copy and replicate with it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..config import UserError
+
+# Thirds of the packed in-projection.
+PARTS = {"q": 0, "k": 1, "v": 2}
+PREFIX = "routed_"
+
+
+def add_branches(attn: nn.Module, packed: Tensor, x: Tensor, only: str = "qkv") -> Tensor:
+    """`packed` (B, T, n E), of the n parts of `only`, plus what the branches give for the input x (B, T, E)."""
+    width, branches = x.shape[-1], dict(attn.named_children())
+    parts = list(packed.split(packed.shape[-1] // len(only), -1))
+    for name, branch in branches.items():
+        wanted = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+        if not wanted or not all(part in only for part in wanted):
+            continue
+        for part, delta in zip(wanted, branch(x).split(width, -1)):
+            parts[only.index(part)] = parts[only.index(part)] + delta
+    return torch.cat(parts, -1)
+
+
+class RoutedAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` without returned weights, whose q, k and v have routed branches. Arguments as there."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """(B, L, E), or (L, B, E) without batch_first -> (same shape, None)."""
+        if need_weights or key_padding_mask is not None or query.dim() != 3:
+            raise UserError("routed attention takes batches, without key padding, and returns no weights")
+        own = key is query and value is query
+        query, key, value = (t if self.batch_first else t.transpose(0, 1) for t in (query, key, value))
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if own:
+            packed = add_branches(self, F.linear(query, weight, bias), query)
+            q, k, v = packed.chunk(3, -1)
+        else:
+            weights = weight.chunk(3)
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            inputs = zip((query, key, value), weights, biases, "qkv")
+            q, k, v = (add_branches(self, F.linear(x, w, b), x, part) for x, w, b, part in inputs)
+        heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        if attn_mask is not None:
+            attn_mask = F._canonical_mask(attn_mask, "attn_mask", None, "", query.dtype, False)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.view(len(query), -1, *attn_mask.shape[1:])
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(*heads, attn_mask, dropout, is_causal and attn_mask is None)
+        y = self.out_proj(y.transpose(1, 2).flatten(2))
+        return (y if self.batch_first else y.transpose(0, 1)), None
+
+
+class _Products(TorchFunctionMode):
+    """Adds the branches to the products of `F.linear` over a module's in-projection, whole or one third of it."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is not F.linear:
+            return out
+        weight, x = self.attn.in_proj_weight, args[0]
+        given = args[1] if len(args) > 1 else kwargs["weight"]
+        if given is weight:
+            return add_branches(self.attn, out, x)
+        if given._base is weight and given.shape[0] == weight.shape[0] // 3:
+            part = "qkv"[given.storage_offset() // given.numel()]
+            return add_branches(self.attn, out, x, part)
+        return out
+
+
+class RoutedOwnAttention:
+    """What open_clip's own `Attention` becomes: its forward runs as it is, over routed products."""
+
+    def forward(self, *args, **kwargs):
+        """As the host's."""
+        with _Products(self):
+            return super().forward(*args, **kwargs)
+
+
+def routed_class(attn: nn.Module) -> type:
+    """The class that a packed attention has while it is routed. Raises UserError for what is not one."""
+    if isinstance(attn, nn.MultiheadAttention):
+        if type(attn).forward is not nn.MultiheadAttention.forward or attn.in_proj_weight is None:
+            raise UserError(
+                f"{type(attn).__name__} has a forward of its own: routing needs plain nn.MultiheadAttention"
+            )
+        return type("Routed" + type(attn).__name__, (RoutedAttention, type(attn)), {})
+    if isinstance(getattr(attn, "in_proj_weight", None), nn.Parameter):
+        return type("Routed" + type(attn).__name__, (RoutedOwnAttention, type(attn)), {})
+    raise UserError(f"expected attention with a packed in_proj_weight, got {type(attn).__name__}")

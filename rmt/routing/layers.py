@@ -1,0 +1,76 @@
+"""The trainable parts: a low-rank branch beside a product, and an adapter behind a module. Both share their down-
+projection between text and image, so that routing costs no parameters."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import RoutedAdapterConfig, RoutedLoRAConfig
+from .context import VisualContext
+from .functions import route
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
+
+
+class LowRank(nn.Module):
+    """delta(x) = scale * route(A drop(x), A drop(x_R)) B^T, A (r, in), B (out, r), or both of `parts` stacked.
+
+    parts: how many products are routed in one joint bottleneck: A is then (parts * r, in), B (parts, out, r), and the
+        result (B, T, parts * out).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, config: RoutedLoRAConfig, context: VisualContext, parts: int = 1
+    ) -> None:
+        super().__init__()
+        self.function, self.scale, self.dropout, self.context = config.function, config.scale, config.dropout, context
+        self.A = nn.Parameter(torch.empty(parts * config.r, in_features))
+        self.B = nn.Parameter(torch.zeros(parts, out_features, config.r))
+
+    def reset(self, random: torch.Generator) -> None:
+        """kaiming_uniform(a=sqrt(5)) for A, zeros for B."""
+        with torch.no_grad():
+            bound = 1 / math.sqrt(self.A.shape[1])
+            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=random))
+            self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, parts * out)."""
+        x_t = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        x_v = None
+        if self.function != "none":
+            x_r = self.context.get(x).to(x.dtype)
+            x_v = F.linear(F.dropout(x_r, self.dropout, self.training), self.A)
+        routed = route(self.function, x_t, x_v)
+        up = torch.einsum("btpr,por->btpo", routed.unflatten(-1, (len(self.B), -1)), self.B).flatten(2)
+        return up * self.scale
+
+
+class Adapter(nn.Module):
+    """o = up(act(route(down(h), down(x_R)))) [+ h]; down's bias is in both, before routing."""
+
+    def __init__(self, width: int, config: RoutedAdapterConfig, context: VisualContext) -> None:
+        super().__init__()
+        self.function, self.act, self.residual = config.function, config.act, config.residual
+        self.zero_init, self.context = config.zero_init, context
+        self.down, self.up = nn.Linear(width, config.r), nn.Linear(config.r, width)
+
+    def reset(self, random: torch.Generator) -> None:
+        """torch's own start of a linear layer; up is zero where `zero_init`."""
+        with torch.no_grad():
+            for layer in (self.down, self.up):
+                bound = 1 / math.sqrt(layer.in_features)
+                for p in layer.parameters():
+                    p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=random))
+            if self.zero_init:
+                self.up.weight.zero_()
+                self.up.bias.zero_()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, d)."""
+        x_v = None if self.function == "none" else self.down(self.context.get(h).to(h.dtype))
+        out = self.up(ACTIVATIONS[self.act](route(self.function, self.down(h), x_v)))
+        return out + h if self.residual else out
