@@ -28,7 +28,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT))
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rates", help="file of bench/real/rates.py: its chosen rates")
+    parser.add_argument("--rates", nargs="+", default=[], help="files of bench/real/rates.py: their chosen rates")
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-steps", type=int, default=120)
     parser.add_argument("--max-feature-steps", type=int)
     parser.add_argument("--image-size", type=int, default=128)
@@ -41,10 +42,14 @@ def arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace, data: str) -> None:
     """One comparison, into RUNS/{data set}."""
-    rates = json.loads(Path(args.rates).read_text())["chosen"] if args.rates else {}
+    rates: dict[str, float] = {}
+    for path in args.rates:
+        rates |= json.loads(Path(path).read_text())["chosen"]
     # R-AMT without gradient dropout moves as R-AMT does.
     rates |= {"amt": rates["ramt"]} if "ramt" in rates else {}
-    train = TrainConfig(steps=args.max_steps, precision=args.precision, log_every=args.max_steps)
+    train = TrainConfig(
+        steps=args.max_steps, batch=args.batch, precision=args.precision, log_every=args.max_steps
+    )  # fmt: skip
     config = RunConfig(args.model, data=data, template=args.template, image_size=args.image_size, train=train)
     options = Options(max_steps=args.max_steps, max_feature_steps=args.max_feature_steps, rates=rates)
     out = Path(args.runs) / Path(data).name

@@ -1,10 +1,11 @@
 """Learning rates for short runs: the authors' times some factors, by accuracy on validation images.
 
-    python bench/real/rates.py --model local-dir:PATH --data FOLDER [FOLDER ...] --json bench/results/real/rates.json
+    python bench/real/rates.py --model local-dir:PATH --data FOLDER [FOLDER ...] --methods ramt bitfit --factors 2 4 8
+        --json bench/results/real/rates_ramt.json
 
 A recipe that is cut to --max-steps moves less than its authors meant; this says by how much its rate is best raised.
-Each method gets the same factors. Test images are never looked at: the split that is measured has the validation images
-in their place. Cells are kept in --runs, so that it can be stopped and called again.
+Test images are never looked at: the split that is measured has the validation images in their place. Cells are kept in
+--runs, so that it can be stopped and called again.
 """
 
 import argparse
@@ -35,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max-steps", type=int, default=120)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--runs", default="runs/rates")
@@ -44,7 +46,9 @@ def arguments() -> argparse.Namespace:
 
 def measured(args: argparse.Namespace, data: str) -> list[dict]:
     """A row for each method and factor: accuracy on the validation images of one data set."""
-    train = TrainConfig(steps=args.max_steps, precision=args.precision, log_every=args.max_steps)
+    train = TrainConfig(
+        steps=args.max_steps, batch=args.batch, precision=args.precision, log_every=args.max_steps
+    )  # fmt: skip
     config = RunConfig(
         args.model, data=data, template=args.template, shots=args.shots, seed=args.seed, image_size=args.image_size,
         train=train,
