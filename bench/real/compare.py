@@ -9,6 +9,8 @@ report.html` draws the file; `--collect` only gathers what is there.
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from rmt.checkpoint import write_json
@@ -65,8 +67,9 @@ def main() -> None:
         found = sorted((Path(args.runs) / Path(data).name).glob("*/shots*-seed*/result.json"))
         cells += [json.loads(path.read_text()) for path in found]
     cells = [{key: value for key, value in cell.items() if key not in LEFT_OUT} for cell in cells]
-    command = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "collect")}
-    write_json(args.json, {"kind": "compare_bundle", "command": command, "cells": cells})
+    asked = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "collect")}
+    command = f"python bench/real/compare.py {shlex.join(sys.argv[1:])}"
+    write_json(args.json, {"kind": "compare_bundle", "command": command, "asked": asked, "cells": cells})
     print(f"{len(cells)} cells   {args.json}")
 
 
