@@ -4,16 +4,20 @@ A module changes its class while it is routed and keeps its tensors, their names
 children of it, so that they move, copy and replicate with it.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import UserError
+from ..masked import MaskedModule
 
 # Thirds of the packed in-projection.
 PARTS = {"q": 0, "k": 1, "v": 2}
 PREFIX = "routed_"
+ADAPTER = PREFIX + "adapter"
 
 
 def add_branches(attn: nn.Module, packed: Tensor, x: Tensor, only: str = "qkv") -> Tensor:
@@ -21,7 +25,7 @@ def add_branches(attn: nn.Module, packed: Tensor, x: Tensor, only: str = "qkv") 
     width, branches = x.shape[-1], dict(attn.named_children())
     parts = list(packed.split(packed.shape[-1] // len(only), -1))
     for name, branch in branches.items():
-        wanted = name.removeprefix(PREFIX) if name.startswith(PREFIX) else ""
+        wanted = name.removeprefix(PREFIX) if name.startswith(PREFIX) and name != ADAPTER else ""
         if not wanted or not all(part in only for part in wanted):
             continue
         for part, delta in zip(wanted, branch(x).split(width, -1)):
@@ -29,7 +33,14 @@ def add_branches(attn: nn.Module, packed: Tensor, x: Tensor, only: str = "qkv") 
     return torch.cat(parts, -1)
 
 
-class RoutedAttention(nn.MultiheadAttention):
+class Rebuilt:
+    """Pickled and copied by what it was made of: a class made while running has no name to be found by."""
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _empty, self._made_of, self.__dict__
+
+
+class RoutedAttention(Rebuilt, nn.MultiheadAttention):
     """`nn.MultiheadAttention` without returned weights, whose q, k and v have routed branches. Arguments as there."""
 
     def forward(
@@ -67,7 +78,7 @@ class _Products(TorchFunctionMode):
 
     def __init__(self, attn: nn.Module) -> None:
         super().__init__()
-        self.attn = attn
+        self.attn, self.done = attn, ""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -76,30 +87,53 @@ class _Products(TorchFunctionMode):
         weight, x = self.attn.in_proj_weight, args[0]
         given = args[1] if len(args) > 1 else kwargs["weight"]
         if given is weight:
+            self.done += "qkv"
             return add_branches(self.attn, out, x)
         if given._base is weight and given.shape[0] == weight.shape[0] // 3:
             part = "qkv"[given.storage_offset() // given.numel()]
+            self.done += part
             return add_branches(self.attn, out, x, part)
         return out
 
 
-class RoutedOwnAttention:
+class RoutedOwnAttention(Rebuilt):
     """What open_clip's own `Attention` becomes: its forward runs as it is, over routed products."""
 
     def forward(self, *args, **kwargs):
-        """As the host's."""
-        with _Products(self):
-            return super().forward(*args, **kwargs)
+        """As the host's. Raises UserError where it made no product that a branch could be added to."""
+        with _Products(self) as products:
+            out = super().forward(*args, **kwargs)
+        for name, _ in self.named_children():
+            if name.startswith(PREFIX) and name != ADAPTER and not set(name.removeprefix(PREFIX)) <= set(products.done):
+                raise UserError(f"{type(self).__name__} did not multiply by its in_proj_weight: {name} was left out")
+        return out
 
 
 def routed_class(attn: nn.Module) -> type:
     """The class that a packed attention has while it is routed. Raises UserError for what is not one."""
+    if isinstance(attn, MaskedModule):
+        raise UserError(
+            f"a {type(attn).__name__} cannot be routed: its projections are masked. Mask the image tower alone, or "
+            "merge_and_unload() the masks first"
+        )
     if isinstance(attn, nn.MultiheadAttention):
         if type(attn).forward is not nn.MultiheadAttention.forward or attn.in_proj_weight is None:
             raise UserError(
                 f"{type(attn).__name__} has a forward of its own: routing needs plain nn.MultiheadAttention"
             )
-        return type("Routed" + type(attn).__name__, (RoutedAttention, type(attn)), {})
+        if attn.bias_k is not None or attn.add_zero_attn:
+            raise UserError("routing needs attention without add_bias_kv and add_zero_attn")
+        return _routed(type(attn), RoutedAttention)
     if isinstance(getattr(attn, "in_proj_weight", None), nn.Parameter):
-        return type("Routed" + type(attn).__name__, (RoutedOwnAttention, type(attn)), {})
+        return _routed(type(attn), RoutedOwnAttention)
     raise UserError(f"expected attention with a packed in_proj_weight, got {type(attn).__name__}")
+
+
+@functools.cache
+def _routed(plain: type, kind: type) -> type:
+    return type("Routed" + plain.__name__, (kind, plain), {"_made_of": (plain, kind)})
+
+
+def _empty(plain: type, kind: type) -> nn.Module:
+    made = _routed(plain, kind)
+    return made.__new__(made)

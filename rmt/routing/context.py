@@ -4,13 +4,14 @@ A layer needs x_R, the visual feature, besides its own input. It is current, per
 pre-hook sets it and the end of the call, an error too, clears it. Gradient checkpointing runs a block again, in the
 backward pass, when the call is over and another may have begun: so the first run of a block marks its input with the
 context, and the second finds the mark on that same tensor. Nothing else is ever taken: a layer without one raises.
+
+Under torch.compile the same frames are traced, and the image is a tensor of the graph like any other: a new image is
+no new graph. Blocks are not marked there, since a compiled checkpoint keeps its tensors itself.
 """
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,34 @@ from ..config import UserError
 
 _MARK = "_rmt_visual"
 _AMBIGUOUS = object()
-_numbers = itertools.count(1)
 
 
-@dataclass(frozen=True, eq=False)
 class Visual:
-    """x (B, V, d), the number of the call that it belongs to, and whether the user has given it."""
+    """x (B, V, d); fixed: the user has given it; again: it belongs to a call made within a backward pass."""
 
-    x: Tensor
-    call: int
-    fixed: bool
+    def __init__(self, x: Tensor, fixed: bool, again: bool) -> None:
+        self.x, self.fixed, self.again = x, fixed, again
+
+
+class Frame:
+    """What is current since `owner`, a module or a `with`, began, and what was before."""
+
+    def __init__(self, visual: Visual | None, owner: object, before: "Frame | None") -> None:
+        self.visual, self.owner, self.before = visual, owner, before
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+
+
+class _Marks(dict):
+    """Contexts' visuals on a block's input. They are of one process and its tensors: copies and files have none."""
+
+    def __deepcopy__(self, memo: dict) -> "_Marks":
+        return _Marks()
+
+    def __reduce__(self) -> tuple:
+        return _Marks, ()
 
 
 class VisualContext:
@@ -37,10 +56,7 @@ class VisualContext:
 
     def __init__(self, width: int, many: bool) -> None:
         self.width, self.many = width, many
-        self._local = threading.local()
-
-    def __deepcopy__(self, memo: dict) -> "VisualContext":
-        return VisualContext(self.width, self.many)
+        self._local = _Local()
 
     def __reduce__(self) -> tuple:
         return VisualContext, (self.width, self.many)
@@ -56,95 +72,111 @@ class VisualContext:
         return x
 
     @contextlib.contextmanager
-    def set(self, x: Tensor, fixed: bool = False) -> Iterator[None]:
-        """Inside, x is current in this thread. fixed: calls of the host inside do not change it."""
-        before = self._current()
-        self._local.visual = Visual(self.check(x), next(_numbers), fixed)
+    def set(self, x: Tensor) -> Iterator[None]:
+        """Inside, x is current in this thread, and calls of the host do not change it."""
+        before = self._local.frame
+        self._local.frame = Frame(Visual(self.check(x), True, False), self, before)
         try:
             yield
         finally:
-            self._local.visual = before
+            self._local.frame = before
 
-    def push(self, x: Callable[[], Tensor | None]) -> None:
-        """Begins a call of the host; x gives its image. To be followed by `pop`, whatever happens."""
-        before = self._current()
-        self._local.__dict__.setdefault("stack", []).append(before)
-        if before is None or not before.fixed:
-            # Should x raise, no earlier call's image is left to be taken for this one's.
-            self._local.visual = None
-            found = x()
-            self._local.visual = None if found is None else Visual(self.check(found), next(_numbers), False)
+    def push(self, owner: object, x: Callable[[], Tensor | None]) -> None:
+        """Begins a call of the host, `owner`; x gives its image. To be followed by `pop`, whatever happens."""
+        before = self._local.frame
+        if before is not None and before.visual is not None and before.visual.fixed:
+            self._local.frame = Frame(before.visual, owner, before)
+            return
+        # Should x raise, no earlier call's image is left to be taken for this one's.
+        self._local.frame = Frame(None, owner, before)
+        found = x()
+        if found is not None:
+            self._local.frame = Frame(Visual(self.check(found), False, _in_backward()), owner, before)
 
-    def pop(self) -> None:
-        """Ends what the last `push` began."""
-        self._local.visual = self._local.stack.pop()
+    def pop(self, owner: object) -> None:
+        """Ends what the last `push` of `owner` began. Nothing, where an error came before that `push`."""
+        frame = self._local.frame
+        if frame is not None and frame.owner is owner:
+            self._local.frame = frame.before
 
-    def enter_block(self, x: Tensor) -> Visual | None:
+    def enter_block(self, owner: object, x: Tensor) -> None:
         """Called with a block's input: the mark that is on it, in a recomputation; else marks it with what is current.
 
-        Returns what was current before, for `leave_block`.
+        To be followed by `pop`, whatever happens.
         """
-        before = self._current()
-        marked = getattr(x, _MARK, {}).get(id(self))
-        if _in_backward():
-            if marked is None:
-                raise UserError(
-                    "a block is computed again in the backward pass and its input does not know its image: "
-                    "checkpointing must be the kind that keeps tensors, use_reentrant=False"
-                )
-            if marked is _AMBIGUOUS:
-                raise UserError(
-                    "a block is computed again in the backward pass, and its input went with two images: give each "
-                    "call a tensor of its own (x.clone()), or do not checkpoint"
-                )
-            self._local.visual = marked
-        elif before is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            marks = x.__dict__.setdefault(_MARK, {})
+        if torch.compiler.is_compiling():
+            return
+        before = self._local.frame
+        visual = before.visual if before is not None else None
+        # The whole call may be what is checkpointed: then it began in the backward pass, and has its image.
+        if _in_backward() and not (visual is not None and visual.again):
+            visual = self._marked(x)
+        elif visual is not None and torch.is_grad_enabled():
+            marks = x.__dict__.setdefault(_MARK, _Marks())
             # One tensor, two calls: harmless, unless a recomputation asks which one it is.
-            marks[id(self)] = before if marked in (None, before) else _AMBIGUOUS
-        return before
+            marks[self] = visual if marks.get(self) in (None, visual) else _AMBIGUOUS
+        self._local.frame = Frame(visual, owner, before)
 
-    def leave_block(self, before: Visual | None) -> None:
-        """What was current before the block is so again."""
-        self._local.visual = before
+    def _marked(self, x: Tensor) -> Visual:
+        marked = getattr(x, _MARK, {}).get(self)
+        if marked is None:
+            raise UserError(
+                "a block is computed again in the backward pass and its input does not know its image: "
+                "checkpointing must be the kind that keeps tensors, use_reentrant=False"
+            )
+        if marked is _AMBIGUOUS:
+            raise UserError(
+                "a block is computed again in the backward pass, and its input went with two images: give each "
+                "call a tensor of its own (x.clone()), or do not checkpoint"
+            )
+        return marked
 
     def get(self, x: Tensor) -> Tensor:
         """The current context (B, V, d), for an input x (B, T, d).
 
         Raises: UserError where there is none, or one of another batch or device.
         """
-        visual = self._current()
-        if visual is None:
+        frame = self._local.frame
+        if frame is None or frame.visual is None:
             raise UserError(
                 "a routed layer ran without a visual context: call the whole model, or use `with routed.context(x)`"
             )
-        if len(visual.x) != len(x) or visual.x.device != x.device:
+        visual = frame.visual.x
+        if len(visual) != len(x) or visual.device != x.device:
             raise UserError(
                 f"the visual context must have the input's batch and device, {len(x)} on {x.device}, got "
-                f"{len(visual.x)} on {visual.x.device}"
+                f"{len(visual)} on {visual.device}"
             )
-        return visual.x
-
-    def _current(self) -> Visual | None:
-        return getattr(self._local, "visual", None)
+        return visual
 
 
 def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+# Hooks are objects, not closures, so that a copy of a model has hooks of its own.
+class _Enter:
+    def __init__(self, context: VisualContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        self.context.enter_block(module, x)
+
+
+class Leave:
+    """A forward hook that ends what a pre-hook of the same module began."""
+
+    def __init__(self, context: VisualContext) -> None:
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        self.context.pop(module)
+
+
 def watch_block(block: nn.Module, context: VisualContext) -> list:
     """Hooks that bind a block's runs to their context. Returns their handles."""
-    local = threading.local()
-
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        local.__dict__.setdefault("stack", []).append(context.enter_block(x))
-
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        context.leave_block(local.stack.pop())
-
     return [
-        block.register_forward_pre_hook(before, with_kwargs=True),
-        block.register_forward_hook(after, with_kwargs=True, always_call=True),
+        block.register_forward_pre_hook(_Enter(context), with_kwargs=True),
+        block.register_forward_hook(Leave(context), with_kwargs=True, always_call=True),
     ]

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from ..config import UserError
 from ..files import write_folder
-from .attention import PREFIX, routed_class
+from ..masked import masks
+from .attention import routed_class
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
-from .context import VisualContext, watch_block
+from .context import Leave, VisualContext, watch_block
 from .functions import MANY
-from .hosts import Block, Host, Site, describe
-from .layers import Adapter, LowRank
+from .hooks import Adapt, Add, Call
+from .hosts import Host, describe
+from .plan import adapter_plan, chosen, lora_plan
 
 FILE, CONFIG = "routed.safetensors", "routed_config.json"
 KINDS = {"lora": RoutedLoRAConfig, "adapter": RoutedAdapterConfig}
@@ -48,30 +50,51 @@ class Routed:
     """What was injected. `inject_routed_lora` and `inject_routed_adapter` are the ways to one."""
 
     def __init__(self, model: nn.Module, config: RoutedConfig) -> None:
-        self.model, self.config, self.host = model, config, describe(model)
-        stack: list[Routed] = model.__dict__.setdefault(_ATTRIBUTE, [])
-        if any(type(other.config) is type(config) for other in stack):
+        # A model around another, as rmt's MaskModel: names are the inner one's.
+        model = getattr(model, "mask_root", model)
+        _need_eager(model)
+        self.model, self.config, self._host = model, config, describe(model)
+        others: list[Routed] = model.__dict__.get(_ATTRIBUTE, [])
+        if any(type(other.config) is type(config) for other in others):
             raise UserError(f"the model has routed {self.kind} already: remove() it first")
-        blocks = _chosen(self.host, config)
-        plan = _lora_plan(blocks, config) if self.kind == "lora" else _adapter_plan(blocks, config)
+        blocks = chosen(self.host, config)
+        plan = lora_plan(blocks, config) if self.kind == "lora" else adapter_plan(blocks, config)
         self._names = {module: name for name, module in model.named_modules()}
         self.context_of_calls = VisualContext(self.host.width, config.function in MANY)
-        self._undo: list = []
+        self._handles: list = []
+        self._classes: list[tuple[nn.Module, type]] = []
         self._children: list[tuple[nn.Module, str]] = []
-        self._frozen = [p for p in model.parameters() if p.requires_grad]
-        model.requires_grad_(False)
-        random = torch.Generator().manual_seed(config.seed)
+        # Masks and other injections stay in training beside this one.
+        tuned = {id(mask.scores) for mask in masks(model)} | {id(p) for other in others for p in other.parameters()}
+        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in tuned]
+        for p in self._frozen:
+            p.requires_grad_(False)
+        random, drawn = torch.Generator().manual_seed(config.seed), set()
         for parent, name, child in plan(self.context_of_calls):
-            child.reset(random)
-            like = next(self.model.parameters())
-            parent.add_module(name, child.to(like.device, like.dtype).train(parent.training))
+            if child not in drawn:
+                child.reset(random)
+                like = next(parent.parameters(), next(model.parameters()))
+                child.to(like.device, like.dtype).train(parent.training)
+                drawn.add(child)
+            parent.add_module(name, child)
             self._children.append((parent, name))
         for block in blocks:
             for unit in block.units:
-                self._undo += [handle.remove for handle in watch_block(unit, self.context_of_calls)]
-        self._hook_sites(blocks)
+                self._handles += watch_block(unit, self.context_of_calls)
+        self._hook_sites()
         self._hook_root()
-        stack.append(self)
+        model.__dict__.setdefault(_ATTRIBUTE, []).append(self)
+
+    def __getstate__(self) -> dict:
+        # A host's functions may be closures, which belong to one model and cannot be pickled.
+        return self.__dict__ | {"_host": None}
+
+    @property
+    def host(self) -> Host:
+        """What `describe` says of the model."""
+        if self._host is None:
+            self._host = describe(self.model)
+        return self._host
 
     @property
     def kind(self) -> str:
@@ -79,10 +102,13 @@ class Routed:
         return "lora" if isinstance(self.config, RoutedLoRAConfig) else "adapter"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainable parameters, by their state-dict names in the model."""
+        """The trainable parameters, by their state-dict names in the model: a shared adapter's by its first."""
+        seen: set[int] = set()
         for parent, name in self._children:
             for key, p in getattr(parent, name).named_parameters():
-                yield ".".join(filter(None, (self._names[parent], name, key))), p
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield ".".join(filter(None, (self._names[parent], name, key))), p
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trainable parameters."""
@@ -113,11 +139,12 @@ class Routed:
     @contextlib.contextmanager
     def context(self, x: Tensor) -> Iterator[None]:
         """Inside, x (B, d) or (B, V, d) is the visual context, whatever image the host is called with."""
-        with self.context_of_calls.set(x, fixed=True):
+        with self.context_of_calls.set(x):
             yield
 
     def remove(self) -> None:
-        """Takes everything out: the host is as before, bit for bit, and its parameters train again that did.
+        """Takes everything out: the host is as before, bit for bit, and its parameters train again that did, unless
+        it has masks, which keep it frozen.
 
         Raises: UserError where something was injected after this, which must be removed first, or it is out already.
         """
@@ -126,13 +153,18 @@ class Routed:
             raise UserError("this injection was removed already")
         if stack[-1] is not self:
             raise UserError(f"routed {stack[-1].kind} was injected after this {self.kind}: remove() that first")
-        for undo in reversed(self._undo):
-            undo()
+        for handle in self._handles:
+            handle.remove()
+        for module, before in self._classes:
+            module.__class__ = before
         for parent, name in self._children:
             delattr(parent, name)
-        for p in self._frozen:
-            p.requires_grad_(True)
+        if not masks(self.model):
+            for p in self._frozen:
+                p.requires_grad_(True)
         stack.pop()
+        if not stack:
+            del self.model.__dict__[_ATTRIBUTE]
 
     def print_trainable_parameters(self) -> None:
         """Prints how many numbers are trained, and their share of the model's."""
@@ -140,38 +172,27 @@ class Routed:
         share = 100 * mine / total
         print(f"routed     {self.kind}, {self.config.function}: {mine:,} of {total:,} parameters, {share:.2f} %")
 
-    def _hook_sites(self, blocks: tuple[Block, ...]) -> None:
+    def _hook_sites(self) -> None:
         """Packed attention changes its class; a Linear gets a hook that adds its branches; an adapter's module too."""
         done: set[int] = set()
         for parent, name in self._children:
-            if self.kind == "adapter":
-                handle = parent.register_forward_hook(_adapt(name))
-                self._undo.append(handle.remove)
-            elif hasattr(parent, "in_proj_weight"):
+            if self.kind == "lora" and hasattr(parent, "in_proj_weight"):
                 if id(parent) not in done:
-                    before = parent.__class__
+                    self._classes.append((parent, parent.__class__))
                     parent.__class__ = routed_class(parent)
-                    self._undo.append(lambda parent=parent, before=before: setattr(parent, "__class__", before))
+                    done.add(id(parent))
             else:
-                handle = parent.register_forward_hook(_add(name))
-                self._undo.append(handle.remove)
-            done.add(id(parent))
+                hook = Adapt(name) if self.kind == "adapter" else Add(name)
+                self._handles.append(parent.register_forward_hook(hook))
 
     def _hook_root(self) -> None:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.context_of_calls.push(lambda: self._visual(args, kwargs))
-
-        def after(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-            self.context_of_calls.pop()
-
-        handles = [
-            self.host.root.register_forward_pre_hook(before, with_kwargs=True),
-            self.host.root.register_forward_hook(after, with_kwargs=True, always_call=True),
+        self._handles += [
+            self.host.root.register_forward_pre_hook(Call(self), with_kwargs=True),
+            self.host.root.register_forward_hook(Leave(self.context_of_calls), with_kwargs=True, always_call=True),
         ]
-        self._undo += [handle.remove for handle in handles]
 
-    def _visual(self, args: tuple, kwargs: dict) -> Tensor | None:
-        """x_R (B, V, d) of a call of the root."""
+    def visual(self, args: tuple, kwargs: dict) -> Tensor | None:
+        """x_R (B, V, d) of a call of the root, by `source`; None where the user must give it."""
         tokens = self.host.visual(args, kwargs)
         if tokens is None or self.config.source == "tokens" or tokens.shape[1] == 1:
             return tokens
@@ -199,84 +220,8 @@ def load_routed(model: nn.Module, folder: str | Path) -> Routed:
     return routed
 
 
-def _chosen(host: Host, config: RoutedConfig) -> tuple[Block, ...]:
-    if config.layers is None:
-        return host.blocks
-    for n in config.layers:
-        if not 0 <= n < len(host.blocks):
-            raise UserError(f"layers must be from 0 to {len(host.blocks) - 1}, got {n}")
-    return tuple(host.blocks[n] for n in sorted(set(config.layers)))
-
-
-def _lora_plan(blocks: tuple[Block, ...], config: RoutedLoRAConfig):
-    """context -> (module, name of its child, child) of every branch, in the order of layers and sites."""
-    wanted: list[tuple[Site, str]] = []
-    for block in blocks:
-        for name in config.sites:
-            if name not in block.sites:
-                raise UserError(f"the host has no site {name}: it has {', '.join(block.sites)}")
-            part = name.rpartition(".")[2]
-            if config.couple_qv and name == "self.v":
-                continue
-            coupled = config.couple_qv and name == "self.q" and block.sites[name].part is not None
-            if config.couple_qv and name == "self.q" and not coupled:
-                raise UserError("couple_qv needs a host whose q and v are one projection")
-            wanted.append((block.sites[name], "qv" if coupled else part))
-    for site, _ in wanted:
-        if site.kind == "packed":
-            routed_class(site.module)
-
-    def made(context: VisualContext):
-        for site, parts in wanted:
-            out, inside = _shape(site)
-            yield site.module, PREFIX + parts, LowRank(inside, out, config, context, len(parts) if site.part else 1)
-
-    return made
-
-
-def _adapter_plan(blocks: tuple[Block, ...], config: RoutedAdapterConfig):
-    def made(context: VisualContext):
-        for block in blocks:
-            shared = None
-            for module in block.adapters:
-                if shared is None or not config.share:
-                    shared = Adapter(context.width, config, context)
-                yield module, PREFIX + "adapter", shared
-
-    return made
-
-
-def _shape(site: Site) -> tuple[int, int]:
-    """(out, in) of one part."""
-    if site.kind == "packed":
-        out, inside = site.module.in_proj_weight.shape
-        return out // 3, inside
-    # Hugging Face's Conv1D has its weight the other way round.
-    out, inside = site.module.weight.shape if isinstance(site.module, nn.Linear) else site.module.weight.shape[::-1]
-    return (out // 3 if site.part else out), inside
-
-
-def _add(name: str):
-    """A hook that adds one branch to a Linear's output, or to its parts of a fused one."""
-    parts = name.removeprefix(PREFIX)
-
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        branch = getattr(module, name)
-        delta = branch(args[0])
-        if delta.shape[-1] == output.shape[-1]:
-            return output + delta
-        thirds = list(output.chunk(3, -1))
-        for part, piece in zip(parts, delta.chunk(len(parts), -1)):
-            thirds["qkv".index(part)] = thirds["qkv".index(part)] + piece
-        return torch.cat(thirds, -1)
-
-    return hook
-
-
-def _adapt(name: str):
-    def hook(module: nn.Module, args: tuple, output):
-        first = output[0] if isinstance(output, tuple) else output
-        adapted = getattr(module, name)(first)
-        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
-
-    return hook
+def _need_eager(model: nn.Module) -> None:
+    """A compiled graph does not look for new hooks: an injection into one could go unseen."""
+    compiled = any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    if compiled or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise UserError("the model is compiled already: inject first, and compile then")
