@@ -128,10 +128,12 @@ def swap_in(
     for name, module in made.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
+    # What routing has injected and is in training stays so: both are trained jointly.
+    routed = [p for routed in model.__dict__.get("_rmt_routed", ()) for p in routed.parameters() if p.requires_grad]
     model.eval().requires_grad_(False)
     found = masks(model)
-    for mask in found:
-        mask.scores.requires_grad_(True)
+    for tuned in [mask.scores for mask in found] + routed:
+        tuned.requires_grad_(True)
     return found
 
 
@@ -139,6 +141,11 @@ def _need_unwrapped(model: nn.Module, names: list[str]) -> None:
     """Raises UserError where a module that is to be masked is an adapter's, or holds one, or lies in one."""
     wrapped = [name for name, module in model.named_modules() if _is_adapter(module)]
     for name in names:
+        if any(child.startswith("routed_") for child, _ in model.get_submodule(name).named_children()):
+            raise UserError(
+                f"{name} cannot be masked: it is routed, and a mask would take its place. remove() the routing first; "
+                "or mask other modules, such as the image tower's"
+            )
         for other in wrapped:
             if f"{name}.".startswith(f"{other}." if other else "") or other.startswith(f"{name}."):
                 state = "merged into it" if getattr(model.get_submodule(other), "merged", False) else "over it"

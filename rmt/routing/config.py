@@ -41,7 +41,7 @@ class RoutedConfig:
     def __post_init__(self) -> None:
         _need(self.function in FUNCTIONS, f"function must be one of {', '.join(FUNCTIONS)}", self.function)
         _need(_count(self.r), "r must be an integer of at least 1", self.r)
-        good = self.layers is None or (isinstance(self.layers, tuple) and all(isinstance(n, int) for n in self.layers))
+        good = self.layers is None or (isinstance(self.layers, tuple) and all(type(n) is int for n in self.layers))
         _need(good and self.layers != (), "layers must be numbers of blocks, or None for all", self.layers)
         _need(self.source in SOURCES, f"source must be one of {', '.join(SOURCES)}", self.source)
         one = self.source != "tokens" or self.function in ("gram", "none")
@@ -58,12 +58,20 @@ class RoutedLoRAConfig(RoutedConfig):
         sites: which products: self.q, self.k, self.v and, where a host has it, cross.q.
         couple_qv: q and v routed in one joint bottleneck of 2 r, as the official GPT-2 code does in its fused
             projection. The same for none, add and mul; for expand and gram sums run over both.
+        relu: of gram: (relu(x_t) relu(x_v)^T) x_v, as the official add_relu.
+        split: text and image each with a way down of its own, in two steps: x_t = U_t A_t drop(x) and
+            x_v = U_v A_v drop(x_R), A (r/4, d) and U (r, r/4), all four kaiming-uniform. As the official VLLinearSplit
+            and, coupled, MergedLinearSplit, which route by gram alone (deviation: any function here).
+        after_b: a dead end that raises: see `rmt.routing.functions`.
     """
 
     alpha: float | None = None
     dropout: float = 0.0
     sites: tuple[str, ...] = ("self.q", "self.v")
     couple_qv: bool = False
+    relu: bool = False
+    split: bool = False
+    after_b: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +83,17 @@ class RoutedLoRAConfig(RoutedConfig):
         known = ("self.q", "self.k", "self.v", "cross.q")
         good = isinstance(self.sites, tuple) and self.sites and all(site in known for site in self.sites)
         _need(bool(good), f"sites must be some of {', '.join(known)}", self.sites)
+        _need(len(set(self.sites)) == len(self.sites), "sites must name each site once", self.sites)
         pair = {"self.q", "self.v"} <= set(self.sites)
         _need(not self.couple_qv or pair, "couple_qv needs the sites self.q and self.v", self.sites)
+        _need(not self.relu or self.function == "gram", "relu is of the function gram alone", self.function)
+        _need(not self.split or self.function != "none", "split needs a function that routes an image", self.function)
+        _need(not self.split or self.r % 4 == 0, "split needs an r that 4 divides", self.r)
+        if self.after_b:
+            raise UserError(
+                "after_b cannot be trained: routing behind B is of third order in B, which begins at 0, so that all "
+                "gradients are exactly 0 and no step leaves it. Route before B, which is the default"
+            )
 
     @property
     def scale(self) -> float:

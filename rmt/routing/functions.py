@@ -14,6 +14,13 @@ Bottlenecks, ECCV 2024 (arXiv 2403.09377); read in the official code at e91d826.
 gram takes any number V of visual tokens, the others one. Official flags: element_add, element_mul, element_mul_expand;
 gram is what its parser has no flag for. Deviation: (x_v)^T is a transpose here, and there a reshape, which is the same
 for V = 1 alone.
+
+With relu the score of gram is rectified, and the x_v that it weighs is not: (relu(x_t) relu(x_v)^T) x_v. In the
+official code its flag does nothing to the other functions.
+
+after_b: routing behind B, in the full width: with y_t = B A x and y_v = B A x_R, (y_t y_v^T) y_v. A dead end, as the
+official code says ("does not work"): it is of third order in B, and B begins at 0, so that every gradient is exactly 0
+and no step leaves it. It is here to show that, and no configuration has it.
 """
 
 import torch
@@ -24,8 +31,8 @@ FUNCTIONS = ("none", "add", "mul", "expand", "gram")
 MANY = ("gram",)
 
 
-def route(function: str, x_t: Tensor, x_v: Tensor | None) -> Tensor:
-    """(B, T, r), (B, V, r) -> (B, T, r). x_v is not looked at by none.
+def route(function: str, x_t: Tensor, x_v: Tensor | None, relu: bool = False) -> Tensor:
+    """(B, T, r), (B, V, r) -> (B, T, r). x_v is not looked at by none, relu by gram alone.
 
     Raises: ValueError for an unknown function.
     """
@@ -38,8 +45,13 @@ def route(function: str, x_t: Tensor, x_v: Tensor | None) -> Tensor:
     if function == "expand":
         return x_t.sum(-1, keepdim=True) * x_v
     if function == "gram":
-        return (x_t @ x_v.mT) @ x_v
+        return (x_t.relu() @ x_v.relu().mT if relu else x_t @ x_v.mT) @ x_v
     raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, got {function!r}")
+
+
+def after_b(x_t: Tensor, x_v: Tensor, b: Tensor) -> Tensor:
+    """gram behind B, a dead end: (B, T, r), (B, V, r), (out, r) -> (B, T, out)."""
+    return route("gram", x_t @ b.mT, x_v @ b.mT)
 
 
 def matrix(function: str, x_v: Tensor) -> tuple[Tensor, Tensor]:

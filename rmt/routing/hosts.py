@@ -32,12 +32,14 @@ class Block:
 @dataclass(frozen=True)
 class Host:
     """width: d of text and image tokens. root: whose call has an image. visual: of its arguments -> (B, V, d) image
-    tokens, or None where the user must give them. Or x_R itself, (B, 1, d): then `source` has no part in it."""
+    tokens, or None where the user must give them. Or x_R itself, (B, 1, d): then `source` has no part in it. encode:
+    images -> what `visual` gives for them, which `Routed.fold_for` asks; None: that takes a feature, no image."""
 
     width: int
     root: nn.Module
     blocks: tuple[Block, ...]
     visual: Callable[[tuple, dict[str, Any]], Tensor | None]
+    encode: Callable[[Tensor], Tensor] | None = None
 
 
 def describe(model: nn.Module) -> Host:
@@ -46,14 +48,14 @@ def describe(model: nn.Module) -> Host:
         return model.routing_host()
     decoder = getattr(model, "text_decoder", None)
     if decoder is not None and hasattr(decoder, "cross_attn") and hasattr(decoder, "resblocks"):
-        return _coca(decoder)
+        return _coca(model, decoder)
     raise UserError(
         f"{type(model).__name__} is no host of routed modules: expected open_clip's CoCa, one of rmt.routing's models, "
         "or a model with a method routing_host that returns a rmt.routing.Host"
     )
 
 
-def _coca(decoder: nn.Module) -> Host:
+def _coca(model: nn.Module, decoder: nn.Module) -> Host:
     """Self-attention of the text decoder; q of its cross-attention. x_R: of the image tokens that it is called with."""
     blocks = []
     for block, cross in zip(decoder.resblocks, decoder.cross_attn):
@@ -64,4 +66,7 @@ def _coca(decoder: nn.Module) -> Host:
     def visual(args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return args[0] if args else kwargs["image_embs"]
 
-    return Host(decoder.resblocks[0].attn.in_proj_weight.shape[1], decoder, tuple(blocks), visual)
+    def encode(image: Tensor) -> Tensor:
+        return model.visual(image)[1]
+
+    return Host(decoder.resblocks[0].attn.in_proj_weight.shape[1], decoder, tuple(blocks), visual, encode)

@@ -23,6 +23,7 @@ from ..masked import masks
 from .attention import routed_class
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .context import Leave, VisualContext, watch_block
+from .fold import fold
 from .functions import MANY
 from .hooks import Adapt, Add, Call
 from .hosts import Host, describe
@@ -63,7 +64,7 @@ class Routed:
         self.context_of_calls = VisualContext(self.host.width, config.function in MANY)
         self._handles: list = []
         self._classes: list[tuple[nn.Module, type]] = []
-        self._children: list[tuple[nn.Module, str]] = []
+        self.children: list[tuple[nn.Module, str]] = []
         # Masks and other injections stay in training beside this one.
         tuned = {id(mask.scores) for mask in masks(model)} | {id(p) for other in others for p in other.parameters()}
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in tuned]
@@ -77,7 +78,7 @@ class Routed:
                 child.to(like.device, like.dtype).train(parent.training)
                 drawn.add(child)
             parent.add_module(name, child)
-            self._children.append((parent, name))
+            self.children.append((parent, name))
         for block in blocks:
             for unit in block.units:
                 self._handles += watch_block(unit, self.context_of_calls)
@@ -104,7 +105,7 @@ class Routed:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters, by their state-dict names in the model: a shared adapter's by its first."""
         seen: set[int] = set()
-        for parent, name in self._children:
+        for parent, name in self.children:
             for key, p in getattr(parent, name).named_parameters():
                 if id(p) not in seen:
                     seen.add(id(p))
@@ -148,16 +149,14 @@ class Routed:
 
         Raises: UserError where something was injected after this, which must be removed first, or it is out already.
         """
-        stack = self.model.__dict__.get(_ATTRIBUTE, [])
-        if self not in stack:
-            raise UserError("this injection was removed already")
+        stack = self.stack
         if stack[-1] is not self:
             raise UserError(f"routed {stack[-1].kind} was injected after this {self.kind}: remove() that first")
         for handle in self._handles:
             handle.remove()
         for module, before in self._classes:
             module.__class__ = before
-        for parent, name in self._children:
+        for parent, name in self.children:
             delattr(parent, name)
         if not masks(self.model):
             for p in self._frozen:
@@ -165,6 +164,30 @@ class Routed:
         stack.pop()
         if not stack:
             del self.model.__dict__[_ATTRIBUTE]
+
+    def fold_for(self, image: Tensor | None = None, *, x: Tensor | None = None) -> nn.Module:
+        """A plain copy of the model, in eval mode, that computes for any text what this one does with that image.
+
+        W <- W + scale B M A and b <- b + scale B c at every site, with M, c of `rmt.routing.matrix`; nothing injected
+        is left, so that a token costs what it costs the host. Masks stay. It is right for that image alone. Dropout
+        is off, as in eval mode.
+
+        Args:
+            image: (3, H, W) or (1, 3, H, W), preprocessed. x: in its place the visual feature, (d,), (1, d) or
+                (1, V, d), as for `context`.
+
+        Raises: UserError for adapters and relu, which are no change of a weight; more than one image; an image where
+            the host does not say how to encode it (`Host.encode`); a routed weight that another module shares.
+        """
+        return fold(self, image, x)
+
+    @property
+    def stack(self) -> list["Routed"]:
+        """All injections of the model, this one too, in order. Raises UserError once this one is removed."""
+        stack = self.model.__dict__.get(_ATTRIBUTE, [])
+        if self not in stack:
+            raise UserError("this injection was removed already")
+        return stack
 
     def print_trainable_parameters(self) -> None:
         """Prints how many numbers are trained, and their share of the model's."""
@@ -175,7 +198,7 @@ class Routed:
     def _hook_sites(self) -> None:
         """Packed attention changes its class; a Linear gets a hook that adds its branches; an adapter's module too."""
         done: set[int] = set()
-        for parent, name in self._children:
+        for parent, name in self.children:
             if self.kind == "lora" and hasattr(parent, "in_proj_weight"):
                 if id(parent) not in done:
                     self._classes.append((parent, parent.__class__))
@@ -194,7 +217,11 @@ class Routed:
     def visual(self, args: tuple, kwargs: dict) -> Tensor | None:
         """x_R (B, V, d) of a call of the root, by `source`; None where the user must give it."""
         tokens = self.host.visual(args, kwargs)
-        if tokens is None or self.config.source == "tokens" or tokens.shape[1] == 1:
+        return None if tokens is None else self.reduced(tokens)
+
+    def reduced(self, tokens: Tensor) -> Tensor:
+        """What of the host's image tokens (B, V, d) is routed, by `source`."""
+        if self.config.source == "tokens" or tokens.shape[1] == 1:
             return tokens
         return tokens[:, :1] if self.config.source == "first" else tokens.mean(1, keepdim=True)
 

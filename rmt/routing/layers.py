@@ -18,6 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class LowRank(nn.Module):
     """delta(x) = scale * route(A drop(x), A drop(x_R)) B^T, A (r, in), B (out, r), or both of `parts` stacked.
 
+    With split A is U_t A_t for the text and U_v A_v for the image: A_t, A_v (r / 4, in), U_t, U_v (r, r / 4).
+
     parts: how many products are routed in one joint bottleneck: A is then (parts * r, in), B (parts, out, r), and the
         result (B, T, parts * out).
     """
@@ -27,24 +29,42 @@ class LowRank(nn.Module):
     ) -> None:
         super().__init__()
         self.function, self.scale, self.dropout, self.context = config.function, config.scale, config.dropout, context
-        self.A = nn.Parameter(torch.empty(parts * config.r, in_features))
+        self.relu, self.split = config.relu, config.split
+        rank = parts * config.r
+        if self.split:
+            for name in ("A_text", "A_image"):
+                setattr(self, name, nn.Parameter(torch.empty(rank // 4, in_features)))
+            for name in ("U_text", "U_image"):
+                setattr(self, name, nn.Parameter(torch.empty(rank, rank // 4)))
+        else:
+            self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.zeros(parts, out_features, config.r))
 
     def reset(self, random: torch.Generator) -> None:
-        """kaiming_uniform(a=sqrt(5)) for A, zeros for B."""
+        """kaiming_uniform(a=sqrt(5)) for all but B, zeros for B."""
         with torch.no_grad():
-            bound = 1 / math.sqrt(self.A.shape[1])
-            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=random))
-            self.B.zero_()
+            for name, p in self.named_parameters():
+                if name == "B":
+                    p.zero_()
+                    continue
+                bound = 1 / math.sqrt(p.shape[1])
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=random))
+
+    def downs(self) -> tuple[Tensor, Tensor]:
+        """The ways down of text and image, (parts * r, in) each: one and the same A, unless split."""
+        return (self.U_text @ self.A_text, self.U_image @ self.A_image) if self.split else (self.A, self.A)
+
+    def _down(self, x: Tensor, side: str) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        if not self.split:
+            return F.linear(x, self.A)
+        return F.linear(F.linear(x, getattr(self, f"A_{side}")), getattr(self, f"U_{side}"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, parts * out)."""
-        x_t = F.linear(F.dropout(x, self.dropout, self.training), self.A)
-        x_v = None
-        if self.function != "none":
-            x_r = self.context.get(x).to(x.dtype)
-            x_v = F.linear(F.dropout(x_r, self.dropout, self.training), self.A)
-        routed = route(self.function, x_t, x_v)
+        x_t = self._down(x, "text")
+        x_v = None if self.function == "none" else self._down(self.context.get(x).to(x.dtype), "image")
+        routed = route(self.function, x_t, x_v, self.relu)
         up = torch.einsum("btpr,por->btpo", routed.unflatten(-1, (len(self.B), -1)), self.B).flatten(2)
         return up * self.scale
 
