@@ -36,10 +36,6 @@ class Frame:
         self.visual, self.owner, self.before = visual, owner, before
 
 
-class _Local(threading.local):
-    frame: Frame | None = None
-
-
 class _Marks(dict):
     """Contexts' visuals on a block's input. They are of one process and its tensors: copies and files have none."""
 
@@ -56,17 +52,24 @@ class VisualContext:
 
     def __init__(self, width: int, many: bool) -> None:
         self.width, self.many = width, many
-        self._local = _Local()
+        self._local = threading.local()
 
     def __reduce__(self) -> tuple:
         return VisualContext, (self.width, self.many)
 
+    @property
+    def frame(self) -> Frame | None:
+        """What is current in this thread."""
+        # Of the instance: torch.compile takes a class's default for what a thread has set.
+        return getattr(self._local, "frame", None)
+
     def check(self, x: Tensor) -> Tensor:
         """(B, V, d), of a (B, d) or (B, V, d) tensor. Raises UserError for another shape."""
-        x = x[:, None] if isinstance(x, Tensor) and x.dim() == 2 else x
-        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[-1] != self.width or not x.is_floating_point():
+        good = isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 3)
+        if not good or x.shape[-1] != self.width:
             got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise UserError(f"the visual context must be floating (B, {self.width}) or (B, V, {self.width}), got {got}")
+        x = x[:, None] if x.dim() == 2 else x
         if x.shape[1] != 1 and not self.many:
             raise UserError(f"this routing function takes one visual token, got {x.shape[1]}: take their mean, or gram")
         return x
@@ -74,7 +77,7 @@ class VisualContext:
     @contextlib.contextmanager
     def set(self, x: Tensor) -> Iterator[None]:
         """Inside, x is current in this thread, and calls of the host do not change it."""
-        before = self._local.frame
+        before = self.frame
         self._local.frame = Frame(Visual(self.check(x), True, False), self, before)
         try:
             yield
@@ -83,7 +86,7 @@ class VisualContext:
 
     def push(self, owner: object, x: Callable[[], Tensor | None]) -> None:
         """Begins a call of the host, `owner`; x gives its image. To be followed by `pop`, whatever happens."""
-        before = self._local.frame
+        before = self.frame
         if before is not None and before.visual is not None and before.visual.fixed:
             self._local.frame = Frame(before.visual, owner, before)
             return
@@ -95,7 +98,7 @@ class VisualContext:
 
     def pop(self, owner: object) -> None:
         """Ends what the last `push` of `owner` began. Nothing, where an error came before that `push`."""
-        frame = self._local.frame
+        frame = self.frame
         if frame is not None and frame.owner is owner:
             self._local.frame = frame.before
 
@@ -106,7 +109,7 @@ class VisualContext:
         """
         if torch.compiler.is_compiling():
             return
-        before = self._local.frame
+        before = self.frame
         visual = before.visual if before is not None else None
         # The whole call may be what is checkpointed: then it began in the backward pass, and has its image.
         if _in_backward() and not (visual is not None and visual.again):
@@ -122,7 +125,7 @@ class VisualContext:
         if marked is None:
             raise UserError(
                 "a block is computed again in the backward pass and its input does not know its image: "
-                "checkpointing must be the kind that keeps tensors, use_reentrant=False"
+                "checkpointing must be the kind that keeps tensors, use_reentrant=False, and not lie within another"
             )
         if marked is _AMBIGUOUS:
             raise UserError(
@@ -136,7 +139,7 @@ class VisualContext:
 
         Raises: UserError where there is none, or one of another batch or device.
         """
-        frame = self._local.frame
+        frame = self.frame
         if frame is None or frame.visual is None:
             raise UserError(
                 "a routed layer ran without a visual context: call the whole model, or use `with routed.context(x)`"
