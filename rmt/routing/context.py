@@ -53,6 +53,8 @@ class VisualContext:
     def __init__(self, width: int, many: bool) -> None:
         self.width, self.many = width, many
         self._local = threading.local()
+        # torch.compile's graphs are of a thread that has the attribute, or has it not.
+        self._local.frame = None
 
     def __reduce__(self) -> tuple:
         return VisualContext, (self.width, self.many)
