@@ -49,10 +49,19 @@ BANK = ["tests/rmt/test_bank.py"]
 RIVALS = ["tests/rmt/test_rivals.py"]
 ABLATE = ["tests/rmt/test_ablate.py"]
 REPORT = ["tests/rmt/test_report_compare.py"]
+ROUTING = ["tests/rmt/test_routing.py"]
+ROUTING_OPTIONS = ["tests/rmt/test_routing_options.py", "-k", "fold or split or relu"]
+ROUTING_MASKS = ["tests/rmt/test_routing_masks.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
+    ("routing: a recomputed block takes what is current", "rmt/routing/context.py", "visual = self._marked(x)", "pass",
+     ROUTING),
+    ("routing: folded without its function", "rmt/routing/fold.py", "up @ (m @ down_t)",
+     "up @ down_t.view(len(m), -1, down_t.shape[-1])", ROUTING_OPTIONS),
+    ("routing: masks freeze what was injected", "rmt/masking.py", "[mask.scores for mask in found] + routed",
+     "[mask.scores for mask in found]", ROUTING_MASKS),
     ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
      HEADS),
     ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",
