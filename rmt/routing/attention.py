@@ -123,17 +123,18 @@ def routed_class(attn: nn.Module) -> type:
             )
         if attn.bias_k is not None or attn.add_zero_attn:
             raise UserError("routing needs attention without add_bias_kv and add_zero_attn")
-        return _routed(type(attn), RoutedAttention)
+        return routed(type(attn), RoutedAttention)
     if isinstance(getattr(attn, "in_proj_weight", None), nn.Parameter):
-        return _routed(type(attn), RoutedOwnAttention)
+        return routed(type(attn), RoutedOwnAttention)
     raise UserError(f"expected attention with a packed in_proj_weight, got {type(attn).__name__}")
 
 
 @functools.cache
-def _routed(plain: type, kind: type) -> type:
+def routed(plain: type, kind: type) -> type:
+    """`plain` with the forward of `kind`, a subclass of `Rebuilt`."""
     return type("Routed" + plain.__name__, (kind, plain), {"_made_of": (plain, kind)})
 
 
 def _empty(plain: type, kind: type) -> nn.Module:
-    made = _routed(plain, kind)
+    made = routed(plain, kind)
     return made.__new__(made)

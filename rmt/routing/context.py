@@ -20,6 +20,8 @@ from ..config import UserError
 
 _MARK = "_rmt_visual"
 _AMBIGUOUS = object()
+# The mark of an input whose block takes x_R from its own arguments.
+_OWN = object()
 
 
 class Visual:
@@ -104,22 +106,28 @@ class VisualContext:
         if frame is not None and frame.owner is owner:
             self._local.frame = frame.before
 
-    def enter_block(self, owner: object, x: Tensor) -> None:
+    def enter_block(self, owner: object, x: Tensor, own: Callable[[], Tensor] | None = None) -> None:
         """Called with a block's input: the mark that is on it, in a recomputation; else marks it with what is current.
 
-        To be followed by `pop`, whatever happens.
+        own: gives the x_R of a block that has its own, which stands behind what the user has given. It is asked in
+        both runs, for its gradient. To be followed by `pop`, whatever happens.
         """
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling and own is None:
             return
         before = self.frame
         visual = before.visual if before is not None else None
         # The whole call may be what is checkpointed: then it began in the backward pass, and has its image.
         if _in_backward() and not (visual is not None and visual.again):
             visual = self._marked(x)
-        elif visual is not None and torch.is_grad_enabled():
+        elif own is not None and (visual is None or not visual.fixed):
+            visual = _OWN
+        if not _in_backward() and not compiling and visual is not None and torch.is_grad_enabled():
             marks = x.__dict__.setdefault(_MARK, _Marks())
             # One tensor, two calls: harmless, unless a recomputation asks which one it is.
             marks[self] = visual if marks.get(self) in (None, visual) else _AMBIGUOUS
+        if visual is _OWN:
+            visual = Visual(self.check(own()), False, False)
         self._local.frame = Frame(visual, owner, before)
 
     def _marked(self, x: Tensor) -> Visual:
@@ -160,13 +168,15 @@ def _in_backward() -> bool:
 
 
 # Hooks are objects, not closures, so that a copy of a model has hooks of its own.
-class _Enter:
-    def __init__(self, context: VisualContext) -> None:
-        self.context = context
+class Enter:
+    """A forward pre-hook of a block. own: of its arguments -> its own x_R; None: it takes that of the call."""
+
+    def __init__(self, context: VisualContext, own: Callable[[tuple, dict], Tensor] | None = None) -> None:
+        self.context, self.own = context, own
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        self.context.enter_block(module, x)
+        self.context.enter_block(module, x, None if self.own is None else lambda: self.own(args, kwargs))
 
 
 class Leave:
@@ -177,11 +187,3 @@ class Leave:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         self.context.pop(module)
-
-
-def watch_block(block: nn.Module, context: VisualContext) -> list:
-    """Hooks that bind a block's runs to their context. Returns their handles."""
-    return [
-        block.register_forward_pre_hook(_Enter(context), with_kwargs=True),
-        block.register_forward_hook(Leave(context), with_kwargs=True, always_call=True),
-    ]

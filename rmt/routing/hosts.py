@@ -21,12 +21,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer. units: what checkpointing runs again as a whole. sites: by name: self.q, self.k, self.v, cross.q.
-    adapters: modules behind which an adapter stands, attention and MLP, inside the residual branch."""
+    """One layer. units: what checkpointing runs again as a whole. sites: by name: self.q, self.k, self.v, cross.q,
+    cross.v. adapters: modules behind which an adapter stands, attention and MLP, inside the residual branch. visual: of
+    the arguments of a unit -> x_R (B, 1, d), for a host whose layers each have their own; None: that of the call."""
 
     units: tuple[nn.Module, ...]
     sites: dict[str, Site]
     adapters: tuple[nn.Module, ...]
+    visual: Callable[[tuple, dict[str, Any]], Tensor] | None = None
 
 
 @dataclass(frozen=True)

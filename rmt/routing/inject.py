@@ -22,12 +22,13 @@ from ..files import write_folder
 from ..masked import masks
 from .attention import routed_class
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
-from .context import Leave, VisualContext, watch_block
+from .context import Leave, VisualContext
 from .fold import fold
 from .functions import MANY
 from .hooks import Adapt, Add, Call
 from .hosts import Host, describe
 from .plan import adapter_plan, chosen, lora_plan
+from .watch import watch_block
 
 FILE, CONFIG = "routed.safetensors", "routed_config.json"
 KINDS = {"lora": RoutedLoRAConfig, "adapter": RoutedAdapterConfig}
@@ -81,7 +82,7 @@ class Routed:
             self.children.append((parent, name))
         for block in blocks:
             for unit in block.units:
-                self._handles += watch_block(unit, self.context_of_calls)
+                self._handles += watch_block(unit, self.context_of_calls, block.visual)
         self._hook_sites()
         self._hook_root()
         model.__dict__.setdefault(_ATTRIBUTE, []).append(self)
