@@ -55,7 +55,7 @@ class RoutedLoRAConfig(RoutedConfig):
     Args:
         alpha: of the scale alpha / r; None: r, so that the scale is 1, as in the paper's scripts.
         dropout: of x and x_R, drawn independently.
-        sites: which products: self.q, self.k, self.v and, where a host has it, cross.q.
+        sites: which products: self.q, self.k, self.v and, where a host has them, cross.q and cross.v.
         couple_qv: q and v routed in one joint bottleneck of 2 r, as the official GPT-2 code does in its fused
             projection. The same for none, add and mul; for expand and gram sums run over both.
         relu: of gram: (relu(x_t) relu(x_v)^T) x_v, as the official add_relu.
@@ -80,7 +80,7 @@ class RoutedLoRAConfig(RoutedConfig):
         _need(
             isinstance(self.dropout, int | float) and 0 <= self.dropout < 1, "dropout must be in [0, 1)", self.dropout
         )
-        known = ("self.q", "self.k", "self.v", "cross.q")
+        known = ("self.q", "self.k", "self.v", "cross.q", "cross.v")
         good = isinstance(self.sites, tuple) and self.sites and all(site in known for site in self.sites)
         _need(bool(good), f"sites must be some of {', '.join(known)}", self.sites)
         _need(len(set(self.sites)) == len(self.sites), "sites must name each site once", self.sites)

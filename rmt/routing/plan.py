@@ -29,10 +29,13 @@ def chosen(host: Host, config: RoutedConfig) -> tuple[Block, ...]:
 def lora_plan(blocks: tuple[Block, ...], config: RoutedLoRAConfig) -> Plan:
     """Raises UserError for a site that the host lacks, or one that cannot be routed."""
     wanted: list[tuple[Site, str]] = []
+    there = dict.fromkeys(name for block in blocks for name in block.sites)
+    for name in config.sites:
+        if name not in there:
+            raise UserError(f"the host has no site {name}: it has {', '.join(there)}")
     for block in blocks:
-        for name in config.sites:
-            if name not in block.sites:
-                raise UserError(f"the host has no site {name}: it has {', '.join(block.sites)}")
+        # An encoder's layer has no cross-attention, where its decoder's have.
+        for name in (name for name in config.sites if name in block.sites):
             part = name.rpartition(".")[2]
             if config.couple_qv and name == "self.v":
                 continue
