@@ -52,6 +52,8 @@ REPORT = ["tests/rmt/test_report_compare.py"]
 ROUTING = ["tests/rmt/test_routing.py"]
 ROUTING_OPTIONS = ["tests/rmt/test_routing_options.py", "-k", "fold or split or relu"]
 ROUTING_MASKS = ["tests/rmt/test_routing_masks.py"]
+HF_HOSTS = ["tests/rmt/test_routing_hf.py"]
+BEAMS = ["tests/rmt/test_routing_beams.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -62,6 +64,12 @@ MUTATIONS = [
      "up @ down_t.view(len(m), -1, down_t.shape[-1])", ROUTING_OPTIONS),
     ("routing: masks freeze what was injected", "rmt/masking.py", "[mask.scores for mask in found] + routed",
      "[mask.scores for mask in found]", ROUTING_MASKS),
+    ("a layer's x_R counts its padding", "rmt/routing/bart.py", "x * seen).sum", "x).sum", HF_HOSTS),
+    ("a layer of transformers is watched by hooks", "rmt/routing/watch.py", "    if not hasattr(type(block), ",
+     "    if not hasattr(type(block), 'no ' + ", HF_HOSTS),
+    ("the image's token is masked", "rmt/routing/hf.py", '"attention_mask": F.pad(mask, (1, 0), value=1)',
+     '"attention_mask": F.pad(mask, (1, 0), value=0)', BEAMS),
+    ("beams continue another image's", "rmt/routing/beams.py", "parent + open_ *", "parent + 0 *", BEAMS),
     ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
      HEADS),
     ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",
