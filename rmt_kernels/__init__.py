@@ -18,6 +18,7 @@ from .functions import (
     unpack_bits,
     weight_grad_,
 )
+from .low_rank import routed_low_rank
 from .ops import weight_gradients_to
 from .reference import adam_factors, keep_probability, logit_cotangents, philox_uniform
 from .swap import masked_weights_
@@ -44,6 +45,7 @@ __all__ = [
     "philox_uniform",
     "reference",
     "rng_state",
+    "routed_low_rank",
     "unpack_bits",
     "use_backend",
     "weight_grad_",
