@@ -26,27 +26,9 @@ and no step leaves it. It is here to show that, and no configuration has it.
 import torch
 from torch import Tensor
 
-FUNCTIONS = ("none", "add", "mul", "expand", "gram")
-# Those that take more than one visual token.
-MANY = ("gram",)
-
-
-def route(function: str, x_t: Tensor, x_v: Tensor | None, relu: bool = False) -> Tensor:
-    """(B, T, r), (B, V, r) -> (B, T, r). x_v is not looked at by none, relu by gram alone.
-
-    Raises: ValueError for an unknown function.
-    """
-    if function == "none":
-        return x_t
-    if function == "add":
-        return x_t + x_v
-    if function == "mul":
-        return x_t * x_v
-    if function == "expand":
-        return x_t.sum(-1, keepdim=True) * x_v
-    if function == "gram":
-        return (x_t.relu() @ x_v.relu().mT if relu else x_t @ x_v.mT) @ x_v
-    raise ValueError(f"function must be one of {', '.join(FUNCTIONS)}, got {function!r}")
+from rmt_kernels.routing import FUNCTIONS as FUNCTIONS
+from rmt_kernels.routing import MANY as MANY
+from rmt_kernels.routing import route as route
 
 
 def after_b(x_t: Tensor, x_v: Tensor, b: Tensor) -> Tensor:

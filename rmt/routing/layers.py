@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rmt_kernels import routed_low_rank
+
 from .config import RoutedAdapterConfig, RoutedLoRAConfig
 from .context import VisualContext
 from .functions import route
@@ -62,8 +64,11 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, parts * out)."""
-        x_t = self._down(x, "text")
         x_v = None if self.function == "none" else self._down(self.context.get(x).to(x.dtype), "image")
+        if not self.split and not self.relu:
+            x = F.dropout(x, self.dropout, self.training)
+            return routed_low_rank(x, self.A, self.B, x_v, self.function, self.scale)
+        x_t = self._down(x, "text")
         routed = route(self.function, x_t, x_v, self.relu)
         up = torch.einsum("btpr,por->btpo", routed.unflatten(-1, (len(self.B), -1)), self.B).flatten(2)
         return up * self.scale
