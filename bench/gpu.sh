@@ -89,6 +89,8 @@ if [ -n "$dry" ]; then
     stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --quick --seconds 0.01 --json "$out/$bench.json"
   done
   stage grouped 300 "" "$(file bench/grouped.py)" "$py" bench/grouped.py --quick --json "$out/grouped.json"
+  stage routed_low_rank 120 "" "" "$py" bench/routed_low_rank.py --device cpu --quick --seconds 0.01 \
+    --json "$out/routed_low_rank.json"
   stage dispatch 120 "" "" "$py" bench/dispatch.py --device cpu --quick --seconds 0.01 --json "$out/dispatch_rows.json"
   stage masked_linear 300 "" "" "$py" bench/masked_linear.py --device cpu --layers "ViT-B attn.out_proj" --rows 1 \
     --no-compile --seconds 0.01 --json "$out/masked_linear.json"
@@ -142,6 +144,13 @@ else
   done
   stage dispatch 60 "$right" "" "$py" bench/dispatch.py --device cuda --seconds 0.1 --json "$out/dispatch_rows.json" \
     --write "$out/dispatch.json"
+  for dtype in bf16 fp32; do
+    stage routed_low_rank_$dtype 30 "build tests_rest" "" "$py" bench/routed_low_rank.py --device cuda --dtype $dtype \
+      --no-compile --seconds 0.1 --json "$out/routed_low_rank_$dtype.json"
+  done
+  [ -n "$quick" ] || stage routed_low_rank_compiled 90 "build tests_rest" "" "$py" bench/routed_low_rank.py \
+    --device cuda --dtype bf16 --shapes "GPT-2, RoBERTa-base" CoCa-B/32 --functions mul gram --seconds 0.1 \
+    --json "$out/routed_low_rank_compiled.json"
   sanitize triton memcheck
   sanitize triton racecheck
   for dtype in bf16 fp32; do

@@ -26,6 +26,7 @@ EMULATED = ["tests/kernels/test_update.py", "-k", "emulator"]
 CUDA_GROUPED = ["tests/kernels/test_cuda_grouped.py", "-k", "emulator and (test_grouped or invariant)"]
 SWAP = ["tests/kernels/test_swap.py", "-k", "emulator"]
 OPS = ["tests/kernels/test_ops.py"]
+LOW_RANK = ["tests/kernels/test_low_rank.py"]
 BACKENDS = ["tests/kernels/test_backends.py"]
 DISPATCH = ["tests/kernels/test_dispatch.py"]
 GPU_SCRIPT = ["tests/test_gpu_script.py", "-k", "not rehearsal"]
@@ -70,6 +71,15 @@ MUTATIONS = [
     ("the image's token is masked", "rmt/routing/hf.py", '"attention_mask": F.pad(mask, (1, 0), value=1)',
      '"attention_mask": F.pad(mask, (1, 0), value=0)', BEAMS),
     ("beams continue another image's", "rmt/routing/beams.py", "parent + open_ *", "parent + 0 *", BEAMS),
+    ("a thin product where it saves little", "rmt_kernels/low_rank.py", "return GAIN * x_v", "return x_v", LOW_RANK),
+    ("a thin product brings a wider sum down", "rmt_kernels/low_rank.py", "out.dtype == t.dtype == v.dtype", "True",
+     LOW_RANK),
+    ("gram over half of x_v^T x_v", "rmt_kernels/low_rank.py", "x_t @ (x_v.mT @ x_v)",
+     "x_t @ (x_v.mT @ x_v).tril()", LOW_RANK),
+    ("expand does not sum", "rmt_kernels/routing.py", "x_t.sum(-1, keepdim=True) * x_v", "x_t * x_v", LOW_RANK),
+    ("a branch without dropout", "rmt/routing/layers.py",
+     "x = F.dropout(x, self.dropout, self.training)\n            return", "return",
+     ["tests/rmt/test_routed_low_rank.py"]),
     ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
      HEADS),
     ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",
