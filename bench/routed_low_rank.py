@@ -131,7 +131,6 @@ class Branch:
             yield {
                 "op": what, "function": self.function, **self.shape, "thin": self.thin(), "error": error,
                 "ms": {n: dict(zip(("p20", "median", "p80"), t)) for n, t in times.items()},
-                "least_ms": {n: t[0] for n, t in times.items()},
                 "plain_over_rmt": times["plain"][1] / times["rmt"][1], **self.roofline(base, what),
             }  # fmt: skip
 
