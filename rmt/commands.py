@@ -14,7 +14,7 @@ from . import plan_command as planning
 from . import run_commands as runs
 from . import share_commands as share
 from . import task_commands as tasks
-from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig
+from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .hub_id import is_id
 from .serve import command as serving
 
@@ -78,20 +78,24 @@ def _data_list(args: "Namespace") -> None:
 
 
 def _data_check_options(parser: "ArgumentParser") -> None:
-    parser.add_argument("--root", type=str, required=True, help="folder of data sets in CoOp's layout")
-    parser.add_argument("--dataset", type=str, nargs="+", help="keys of data sets: see rmt data list (default: all)")
+    parser.add_argument("--root", type=str, help="folder of data sets in CoOp's layout, or with coco/ and vqav2/")
+    about = "keys of data sets: see rmt data list, and coco_captions, vqav2 (default: all of the list)"
+    parser.add_argument("--dataset", type=str, nargs="+", help=about)
+    parser.add_argument("--captions", type=str, help="folder with captions.json, captions.csv or dataset_coco.json")
 
 
 def _data_check(args: "Namespace") -> int:
     """Returns 1 where a data set has a problem."""
-    from .data import DATASETS, check
+    from .data import DATASETS, check, check_captions
 
-    wrong = 0
-    for key in args.dataset or DATASETS:
-        report = check(args.root, key)
-        wrong += bool(report.problems)
-        print(f"{key:16} {'problem' if report.problems else 'ok':8} {'; '.join([*report.problems, *report.notes])}")
-    return int(wrong > 0)
+    if args.root is None and args.captions is None:
+        raise UserError("--root must be given, or --captions (--help says how)")
+    reports = [check_captions(args.captions)] if args.captions else []
+    reports += [check(args.root, key) for key in args.dataset or DATASETS] if args.root else []
+    for report in reports:
+        state = "problem" if report.problems else "ok"
+        print(f"{report.key:16} {state:8} {'; '.join([*report.problems, *report.notes])}")
+    return int(any(report.problems for report in reports))
 
 
 def _report_options(parser: "ArgumentParser") -> None:

@@ -1,12 +1,21 @@
-"""What is known of CoOp's data sets, and whether a folder holds them."""
+"""What is known of CoOp's data sets, and whether a folder holds them, or captions, or questions."""
 
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import UserError
+from .captions import read_captions
 from .datasets import DATASETS, Dataset, find, read_dataset
 from .items import PARTS, Split
+from .vqa import read_vqa
+
+# Data sets with text beside the images, read by `rmt.data.captions` and `vqa`: key -> folders below the root, and what
+# the whole of it holds. Sizes: Karpathy's split; the official download page of VQA.
+TEXTS = {
+    "coco_captions": (("coco", "mscoco", "MSCOCO"), {"train": 113287, "val": 5000, "test": 5000}),
+    "vqav2": (("vqav2", "VQAv2"), {"train": 443757, "val": 214354}),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,8 @@ def listing() -> list[dict]:
 
 def check(root: str | Path, key: str) -> Report:
     """Looks for a data set under `root`, without opening an image. Raises UserError for an unknown key or root."""
+    if key in TEXTS:
+        return _check_texts(root, key)
     dataset, notes = find(root, key), []
     place = dataset.place(root)
     if problems := dataset.lost(root):
@@ -44,6 +55,30 @@ def check(root: str | Path, key: str) -> Report:
         return Report(key, [str(error)], notes)
     notes.append(", ".join(f"{len(getattr(split, part))} {part}" for part in PARTS))
     return Report(key, _differences(dataset, split, place), notes)
+
+
+def check_captions(folder: str | Path) -> Report:
+    """Reads a caption folder as `read_captions`, without opening an image: what is wrong is a problem."""
+    try:
+        split = read_captions(folder)
+    except UserError as error:
+        return Report(str(folder), [str(error)])
+    captions = sum(len(item.captions) for part in PARTS for item in getattr(split, part))
+    counts = ", ".join(f"{len(getattr(split, part))} {part}" for part in PARTS)
+    empty = [f"there are no {part} images" for part in ("train", "val") if not getattr(split, part)]
+    return Report(str(folder), empty[:1] if not split.train else [], [f"{counts} images, {captions} captions", *empty])
+
+
+def _check_texts(root: str | Path, key: str) -> Report:
+    folders, sizes = TEXTS[key]
+    place = next((Path(root) / name for name in folders if (Path(root) / name).is_dir()), Path(root) / folders[0])
+    try:
+        split = (read_vqa if key == "vqav2" else read_captions)(place)
+    except UserError as error:
+        return Report(key, [str(error)])
+    counts = {part: len(getattr(split, part)) for part in sizes}
+    problems = [] if counts == sizes else [f"{place} has {counts}, expected {sizes}"]
+    return Report(key, problems, [", ".join(f"{count} {part}" for part, count in counts.items())])
 
 
 def _differences(dataset: Dataset, split: Split, place: Path) -> list[str]:
