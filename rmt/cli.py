@@ -114,7 +114,7 @@ def _call(argv: list[str]) -> int:
     """Parses and runs. Raises UserError, and all that `rmt.failures` names."""
     from .commands import COMMANDS
 
-    words = 2 if argv[0] in ("data", "convert") else 1
+    words = 2 if argv[0] in ("data", "convert", "route") else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         near = [known for known in COMMANDS if known.startswith(f"{argv[0]} ")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from . import ablate_command as ablating
 from . import compare_command as comparing
 from . import plan_command as planning
+from . import route_command as routing
 from . import run_commands as runs
 from . import share_commands as share
 from . import task_commands as tasks
@@ -154,6 +155,10 @@ COMMANDS = {
     "select": Command("Show which weights a criterion would select.", runs.no_options, runs.select, run=True),
     "data list": Command("The data sets that rmt knows, and where it expects them.", _json_option, _data_list),
     "data check": Command("What is missing from a folder of data sets.", _data_check_options, _data_check),
+    "route train": Command("Tune routed layers of a CoCa on captions: LoRA and adapters that the image steers.",
+                           routing.train_options, routing.train),
+    "route eval": Command("Measure such a run: held-out loss, perplexity, greedy captions.",
+                          routing.eval_options, routing.evaluate),
     "inspect": Command("What is in a task, layer by layer.", tasks.inspect_options, tasks.inspect),
     "diff": Command("What two tasks have in common, layer by layer; how more of them overlap.",
                     tasks.diff_options, tasks.diff),

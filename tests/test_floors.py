@@ -45,6 +45,7 @@ FLOORS = {
     "rmt.run_commands": 7,
     "rmt.share_commands": 7,
     "rmt.plan_command": 7,
+    "rmt.route_command": 7,
     "rmt.compare_command": 7,
     "rmt.peers": 7,
     "rmt.serve": 7,

@@ -1,0 +1,169 @@
+"""rmt route train and rmt route eval: files, the way back in, what is printed, what is refused."""
+
+import json
+
+import pytest
+import text_tools
+import tiny
+import torch
+
+from rmt.cli import main
+from rmt.routing import load_routed, train
+from rmt.routing.run_config import RouteConfig, read_yaml
+
+QUICK = ["--r", "4", "--steps", "6", "--batch", "8", "--lr", "3e-2", "--log-every", "2", "--length", "8"]
+QUICK += ["--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Folder of captions; the model's name."""
+    root = tmp_path_factory.mktemp("files")
+    return text_tools.captions(root / "captions"), text_tools.coca_folder(root / "model")
+
+
+def command(files, out, *flags):
+    return ["route", "train", "--model", files[1], "--captions", str(files[0]), "--out", str(out), *QUICK, *flags]
+
+
+@pytest.fixture(scope="module")
+def run(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert main(command(files, out, "--generate", "2")) == 0
+    return out
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder(run, files, capsys):
+    assert sorted(path.name for path in run.iterdir()) == [
+        "before.json", "config.yaml", "last.pt", "metrics.jsonl", "result.json", "routed",
+    ]  # fmt: skip
+    found = result(run)
+    assert found["after"]["loss"] < found["before"]["loss"] and found["before"]["tokens"] == 132
+    assert (found["split"], found["images"], found["steps"], found["captioned"]) == ("val", 12, 6, 2)
+    assert [row["step"] for row in metrics(run)] == [2, 4, 6] and {"lr", "loss", "grad_norm"} < set(metrics(run)[0])
+    assert len(found["examples"]) == 2 and found["examples"][0]["reference"] == "A red wall ."
+    assert "not PTB" in found["tokenizer"] and 0 <= found["captions"]["CIDEr"] <= 10
+    # What was saved gives what was measured, and eval on that part says the same.
+    capsys.readouterr()
+    assert main(["route", "eval", str(run), "--split", "val", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["loss"] == pytest.approx(found["after"]["loss"], rel=1e-6) and again["examples"] == found["examples"]
+    assert main(["route", "eval", str(run), "--limit", "2", "--generate", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "on 2 test images" in printed and "(1 images; words by rmt's own" in printed and "a reference:" in printed
+
+
+def test_the_same_command_again_and_another(run, files, tmp_path, capsys):
+    assert main(command(files, run, "--generate", "2")) == 0 and "is read back" in capsys.readouterr().out
+    assert main(command(files, run)) == 2
+    assert "holds a run that differs in ['generate']" in capsys.readouterr().err
+    assert main(["route", "train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert result(tmp_path / "again")["routed_sha256"] == result(run)["routed_sha256"]
+    (tmp_path / "odd.yaml").write_text("model: x\nnonsense: 3\n")
+    assert main(["route", "train", "--config", str(tmp_path / "odd.yaml"), "--captions", "x", "--out", "y"]) == 2
+    assert "got ['nonsense']" in capsys.readouterr().err
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bits(run, files, tmp_path, monkeypatch, capsys):
+    out, step = tmp_path / "killed", torch.optim.AdamW.step
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    flags = ["--dropout", "0.3", "--save-every", "0"]
+    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    assert main(command(files, out, *flags)) == 130
+    assert not (out / "result.json").exists() and not (out / "routed").exists()
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    capsys.readouterr()
+    assert main(command(files, out, *flags)) == 0 and "resume     from step 3 of 6" in capsys.readouterr().out
+    assert main(command(files, tmp_path / "whole", *flags)) == 0
+    assert result(out)["routed_sha256"] == result(tmp_path / "whole")["routed_sha256"]
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_options_reach_the_injection(files, tmp_path):
+    flags = [
+        "--function",
+        "gram",
+        "--source",
+        "tokens",
+        "--sites",
+        "self.q",
+        "cross.q",
+        "--layers",
+        "1",
+        "--steps",
+        "2",
+    ]
+    flags += ["--alpha", "8", "--checkpointing", "--precision", "bf16", "--clip", "1", "--limit", "4"]
+    assert main(command(files, tmp_path / "lora", *flags)) == 0
+    model = text_tools.coca_folder(tmp_path / "model")
+    import rmt.clip
+
+    loaded = rmt.clip.load(model, None, None, torch.device("cpu")).model
+    routed = load_routed(loaded, tmp_path / "lora" / "routed")
+    config = routed.config
+    assert (config.function, config.source, config.sites, config.layers, config.alpha, config.r) == (
+        "gram", "tokens", ("self.q", "cross.q"), (1,), 8, 4,
+    )  # fmt: skip
+    assert len(list(routed.named_parameters())) == 4
+    assert main(command(files, tmp_path / "adapter", "--kind", "adapter", "--steps", "2")) == 0
+    assert (tmp_path / "adapter" / "routed" / "routed.safetensors").is_file()
+
+
+def test_presets_stand_between_defaults_and_options(files, tmp_path, capsys):
+    flags = ["--preset", "roberta-adapter", "--steps", "20", "--limit", "1"]
+    plain = command(files, tmp_path / "run")[:8]
+    assert main([*plain, *flags, "--device", "cpu", "--r", "8"]) == 0
+    config = RouteConfig(**{k: tuple(v) if isinstance(v, list) else v
+                            for k, v in read_yaml(tmp_path / "run" / "config.yaml").items()})  # fmt: skip
+    assert (config.kind, config.r, config.lr, config.warmup, config.batch) == ("adapter", 8, 3e-4, 0.05, 512)
+    assert train.PRESETS["gpt2-lora"] == {
+        "kind": "lora", "r": 128, "alpha": 128, "lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20,
+    }  # fmt: skip
+    assert main([*plain[:-1], str(tmp_path / "b"), "--preset", "gpt2-lora", "--steps", "9", "--device", "cpu"]) == 2
+    assert "warmup must be shorter than the run of 9 steps, got 5000" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--captions", "nowhere"], "captions must be a folder, got 'nowhere', which is missing"),
+        (["--function", "times"], "--function must be none or add or mul or expand or gram, got 'times'"),
+        (["--r", "0"], "r must be an integer of at least 1, got 0"),
+        (["--lr", "-1"], "lr must be a finite number above 0, got -1.0"),
+        (["--source", "tokens"], "source tokens needs the function gram"),
+        (["--layers", "7"], "layers must be from 0 to 1, got 7"),
+        (["--vision", "google/vit-base-patch16-224"], "a host of --vision and --text is trained from Python"),
+        (["--batches", "3"], "did you mean --batch"),
+    ],
+)
+def test_mistakes_in_one_line(files, tmp_path, flags, message, capsys):
+    assert main(command(files, tmp_path / "run", *flags)) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert len(error) == 1 and message in error[0], error
+    assert not (tmp_path / "run").exists(), "what is mended can run there"
+
+
+def test_what_is_no_coca(files, tmp_path, capsys):
+    clip = tiny.model_folder(tmp_path / "clip")
+    assert main([*command(files, tmp_path / "run"), "--model", clip]) == 2
+    assert "model must be an open_clip CoCa" in capsys.readouterr().err
+    assert main(["route", "train", "--captions", "x", "--out", "y"]) == 2
+    assert "--model must be given" in capsys.readouterr().err
+    assert main(["route", "eval", str(tmp_path)]) == 2 and "has no config.yaml" in capsys.readouterr().err
+    assert main(["route", "evil", "x"]) == 2 and "did you mean route train or route eval" in capsys.readouterr().err
