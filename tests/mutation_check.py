@@ -55,6 +55,9 @@ ROUTING_OPTIONS = ["tests/rmt/test_routing_options.py", "-k", "fold or split or 
 ROUTING_MASKS = ["tests/rmt/test_routing_masks.py"]
 HF_HOSTS = ["tests/rmt/test_routing_hf.py"]
 BEAMS = ["tests/rmt/test_routing_beams.py"]
+ROUTING_DATA = ["tests/rmt/test_routing_data.py"]
+ROUTING_TRAIN = ["tests/rmt/test_routing_train.py"]
+ROUTING_COMMAND = ["tests/rmt/test_routing_command.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -80,6 +83,20 @@ MUTATIONS = [
     ("a branch without dropout", "rmt/routing/layers.py",
      "x = F.dropout(x, self.dropout, self.training)\n            return", "return",
      ["tests/rmt/test_routed_low_rank.py"]),
+    ("the official VQA accuracy counts the person left out", "rmt/data/vqa.py",
+     "(matches - (own == given)) / 3", "matches / 3", ROUTING_DATA),
+    ("captions of an epoch are not shuffled", "rmt/data/text_batches.py",
+     'random.Random(f"order {self.seed} {epoch}").shuffle(order)', "pass", ROUTING_DATA),
+    ("padding counts in the caption loss", "rmt/routing/train.py",
+     "labels.flatten(), ignore_index=pad)", "labels.flatten())", ROUTING_TRAIN),
+    ("dropout goes on with the stream it finds", "rmt/routing/train.py",
+     "torch.manual_seed(config.seed * 1_000_003 + step)", "pass", ROUTING_TRAIN),
+    ("a finished caption goes on", "rmt/routing/evaluate.py",
+     "logits[:, -1].argmax(-1).masked_fill(done, pad)", "logits[:, -1].argmax(-1)", ROUTING_TRAIN),
+    ("CIDEr-D without its clip", "rmt/routing/scores.py",
+     "min(weight, b.get(gram, 0.0)) * b.get(gram, 0.0)", "weight * b.get(gram, 0.0)", ROUTING_TRAIN),
+    ("a stopped routing run starts anew", "rmt/routing/train.py",
+     "range(resume.steps_done if resume else 0, len(rates))", "range(len(rates))", ROUTING_COMMAND),
     ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
      HEADS),
     ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",

@@ -96,22 +96,30 @@ Loss = Callable[[nn.Module, Sequence[Tensor]], Tensor]
 def caption_loss(model: nn.Module, batch: Sequence[Tensor], pad: int = 0) -> Tensor:
     """Mean next-token cross-entropy, nats a token, of image (B, 3, H, W) and text (B, T); padding is left out.
 
-    The model is called with (image, text). It gives a dict or an object with `logits` (B, L, V), and `labels` (B, L),
-    the token that each place is to say, as open_clip's CoCa does. Source: open_clip's CoCaLoss, without its contrastive
-    part, which routing never reaches.
+    Source: open_clip's CoCaLoss, without its contrastive part, which routing never reaches.
     """
     logits, labels = next_tokens(model, batch)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=pad)
 
 
 def next_tokens(model: nn.Module, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """logits (B, L, V) fp32, labels (B, L) int64. Raises UserError where the model does not give them."""
-    output = model(*batch)
+    """logits (B, L, V) fp32, labels (B, L) int64, the token that each place is to say, of model(image, text).
+
+    The model gives a dict or an object with `logits` and `labels` of one length, as open_clip's CoCa does; or logits
+    alone, one row for each of T text tokens, or T + 1 with one image token before them, as rmt's Hugging Face hosts.
+
+    Raises: UserError for anything else.
+    """
+    output, text = model(*batch), batch[1]
     found = [output.get(k) if isinstance(output, Mapping) else getattr(output, k, None) for k in ("logits", "labels")]
-    if not all(isinstance(t, Tensor) for t in found) or found[0].shape[:2] != found[1].shape:
+    logits, labels = found
+    if isinstance(logits, Tensor) and labels is None and (before := logits.shape[1] - text.shape[1]) in (0, 1):
+        # The last row speaks of what follows the text.
+        logits, labels = logits[:, :-1], text[:, 1 - before :]
+    if not isinstance(labels, Tensor) or not isinstance(logits, Tensor) or logits.shape[:2] != labels.shape:
         shapes = [tuple(t.shape) if isinstance(t, Tensor) else None for t in found]
         raise UserError(f"a captioner must give logits (B, L, V) and labels (B, L), got {shapes}")
-    return found[0].float(), found[1]
+    return logits.float(), labels
 
 
 def vqa_loss(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import coca_tools
 import pytest
@@ -155,6 +156,26 @@ def test_what_cannot_be_trained_says_so():
             train_captions(model, given, batches, RoutingTrainConfig(steps=2))
     with pytest.raises(UserError, match=r"logits \(B, L, V\) and labels \(B, L\), got \[None, None\]"):
         caption_loss(lambda image, text: {}, batches(0))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_hosts_that_give_logits_alone(before):
+    """As rmt's Hugging Face hosts: one row a token, and one before them for an image token."""
+    _, text = batches(0)
+    random = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, text.shape[1] + before, coca_tools.WORDS, generator=random)
+    got = caption_loss(lambda image, ids: SimpleNamespace(logits=logits, loss=None), batches(0)).item()
+    total, tokens = 0.0, 0
+    for row, ids in zip(logits, text):
+        for place, token in enumerate(ids.tolist()):
+            if token and place + before:
+                # The row before a token speaks of it.
+                total -= row[place + before - 1].log_softmax(-1)[token].item()
+                tokens += 1
+    assert got == pytest.approx(total / tokens, rel=1e-5)
+    odd = torch.cat([logits, logits], 1)
+    with pytest.raises(UserError, match="a captioner must give"):
+        caption_loss(lambda image, ids: {"logits": odd}, batches(0))
 
 
 class Answers(nn.Module):
