@@ -26,6 +26,7 @@ def poison(monkeypatch):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: takes seconds on a quiet core; leave out with -m 'not slow'")
 
 
 def pytest_collection_modifyitems(items):
