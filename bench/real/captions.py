@@ -30,10 +30,11 @@ from pathlib import Path
 
 import torch
 from captions_model import Captions, Decoder, loss, read
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rmt.checkpoint import environment
-from rmt.files import write_json
+from rmt.files import write_json, write_whole
 from rmt.routing import FUNCTIONS, Routed, RoutedLoRAConfig, inject_routed_lora, load_routed
 
 MODES = ("blind", "prefix")
@@ -83,19 +84,20 @@ def image_features(model: str, folder: Path, cache: Path) -> dict[str, Tensor]:
     import open_clip
     from PIL import Image
 
-    if cache.is_file():
-        return torch.load(cache)
+    names = [row["image"] for row in json.loads((folder / "captions.json").read_text())]
+    features: dict[str, Tensor] = load_file(cache) if cache.is_file() else {}
+    if len(features) == len(names):
+        return {name: features[name] for name in names}
     clip, _, transform = open_clip.create_model_and_transforms(model)
     tower = clip.visual.eval()
     tower.proj = None
-    names = [row["image"] for row in json.loads((folder / "captions.json").read_text())]
-    features: dict[str, Tensor] = {}
-    for start in range(0, len(names), 50):
+    for start in range(len(features), len(names), 50):
         part = names[start : start + 50]
         rows = tower(torch.stack([transform(Image.open(folder / name).convert("RGB")) for name in part]))
         features |= {name: row.clone() for name, row in zip(part, rows)}
         print(f"features: {len(features)} of {len(names)} images", flush=True)
-    torch.save(features, cache)
+        # Whole or not at all: what is there may be all that the next call needs.
+        write_whole(cache, save(features))
     return features
 
 
@@ -153,7 +155,9 @@ class Experiment:
         self.args, self.settings, self.folder = args, settings, Path(args.runs) / settings.key()
         self.folder.mkdir(parents=True, exist_ok=True)
         data, name = Path(args.data), hashlib.sha256(f"{args.model} {args.data}".encode()).hexdigest()[:12]
-        features, self.images = scaled(image_features(args.model, data, Path(args.runs) / f"features-{name}.pt"))
+        features, self.images = scaled(
+            image_features(args.model, data, Path(args.runs) / f"features-{name}.safetensors")
+        )
         self.splits, self.about = read(data, features, settings.length, settings.least)
         if settings.limit:
             for split in ("val", "test"):
@@ -167,13 +171,13 @@ class Experiment:
             self._learn_text()
 
     def _learn_text(self) -> None:
-        file, s = self.folder / "decoder.pt", self.settings
+        file, s = self.folder / "decoder.safetensors", self.settings
         if not file.is_file():
             text = self.splits["text"]
             everything = list(self.decoder.parameters())
             fit(self.decoder, everything, text, s.text_steps, s.text_batch, s.text_rate, 0, 0.1, False, "decoder")
-            torch.save(self.decoder.state_dict(), file)
-        self.decoder.load_state_dict(torch.load(file))
+            write_whole(file, save(self.decoder.state_dict()))
+        self.decoder.load_state_dict(load_file(file))
         # LoRA has none in the paper's scripts; the decoder's was for learning the text.
         for layer in self.decoder.layers:
             layer.dropout = 0.0
