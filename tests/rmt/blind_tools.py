@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from rmt.routing import Block, Host, RoutedLoRAConfig, Site, inject_routed_lora
 
 ATTRIBUTES, WIDTH, LAYERS, HEADS, RANK = 8, 64, 2, 4, 8
-# The fewest that bring every function to the end with every seed: add, the slowest, needs 250.
-STEPS, BATCH, RATE = 300, 64, 3e-3
+# add is the slowest: of six seeds the lowest accuracy was 0.787 after 100 steps, 0.887 after 150, 0.965 after 200 and
+# 0.998 after 250.
+STEPS, BATCH, RATE = 250, 64, 3e-3
 
 
 class Layer(nn.Module):

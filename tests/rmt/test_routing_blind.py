@@ -23,9 +23,7 @@ def test_the_image_is_seen(function, mean):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("function", "mean"), [("none", 0.0), ("none", 1.0), ("gram", 0.0)], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("function", "mean"), [("none", 0.0), ("gram", 0.0)], ids=lambda value: str(value))
 def test_at_chance(function, mean):
     for seed in SEEDS:
         assert blind_tools.accuracy(function, seed, mean) < 0.6
