@@ -59,6 +59,7 @@ ROUTING_DATA = ["tests/rmt/test_routing_data.py"]
 ROUTING_TRAIN = ["tests/rmt/test_routing_train.py"]
 ROUTING_COMMAND = ["tests/rmt/test_routing_command.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
+CAPTIONS = ["tests/rmt/test_routing_captions.py"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
@@ -97,6 +98,12 @@ MUTATIONS = [
      "min(weight, b.get(gram, 0.0)) * b.get(gram, 0.0)", "weight * b.get(gram, 0.0)", ROUTING_TRAIN),
     ("a stopped routing run starts anew", "rmt/routing/train.py",
      "range(resume.steps_done if resume else 0, len(rates))", "range(len(rates))", ROUTING_COMMAND),
+    ("another image is the image itself", "bench/real/captions.py", "mine.roll(len(mine) // 2)", "mine", CAPTIONS),
+    ("a word is predicted from itself, not from what is before it", "bench/real/captions_model.py",
+     "[:, -tokens.shape[1] :]", "[:, : tokens.shape[1]]", CAPTIONS),
+    ("x_R is not the image of the call", "bench/real/captions_model.py",
+     "return None if image is None else image[:, None]", "return None if image is None else 0 * image[:, None]",
+     CAPTIONS),
     ("Tip-Adapter's keys vote with what they are not", "rmt/peers/tip.py", "beta * (affinity - 1)", "beta * affinity",
      HEADS),
     ("Tip-Adapter's search takes the last of equals", "rmt/peers/tip.py",

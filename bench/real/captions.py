@@ -42,7 +42,10 @@ MODES = ("blind", "prefix")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a cell's numbers depend on. limit: captions of val and test that are looked at, 0 for all."""
+    """What a cell's numbers depend on; model and data by the names of their folders.
+
+    limit: captions of val and test that are looked at, 0 for all.
+    """
 
     model: str
     data: str
@@ -157,10 +160,8 @@ class Experiment:
     def __init__(self, args: argparse.Namespace, settings: Settings) -> None:
         self.args, self.settings, self.folder = args, settings, Path(args.runs) / settings.key()
         self.folder.mkdir(parents=True, exist_ok=True)
-        data, name = Path(args.data), hashlib.sha256(f"{args.model} {args.data}".encode()).hexdigest()[:12]
-        features, self.images = scaled(
-            image_features(args.model, data, Path(args.runs) / f"features-{name}.safetensors")
-        )
+        data, name = Path(args.data), f"{Path(args.model).name}-{Path(args.data).name}"
+        features, self.images = scaled(image_features(args.model, data, Path(args.runs) / f"{name}.safetensors"))
         self.splits, self.about = read(data, features, settings.length, settings.least)
         if settings.limit:
             for split in ("val", "test"):
@@ -253,7 +254,7 @@ def table(rows: list[dict], frozen: list[dict]) -> str:
 def main() -> None:
     args = arguments()
     small = {"text_steps": 20, "steps": 6, "limit": 200, "layers": 2} if args.quick else {}
-    experiment = Experiment(args, Settings(args.model, args.data, **small))
+    experiment = Experiment(args, Settings(Path(args.model).name, Path(args.data).name, **small))
     frozen, choices, rows = [experiment.frozen(mode) for mode in args.modes], [], []
     for mode in args.modes:
         for function in args.functions:

@@ -74,6 +74,17 @@ def test_the_loss_is_that_of_every_next_token_alone(experiment):
     assert captions.held_out(model, part) == pytest.approx(want / 5, rel=1e-5)
 
 
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_word_sees_itself_and_what_is_before_it(prefix):
+    torch.manual_seed(0)
+    model = Decoder(9, WIDTH, 2, 2, 8, 0.0).eval()
+    model.prefix = prefix
+    text, image = torch.tensor([[0, 3, 4, 5]]), torch.randn(1, WIDTH)
+    with torch.no_grad():
+        change = (model(text, image) - model(torch.tensor([[0, 3, 6, 5]]), image)).abs().amax(-1)[0] > 1e-5
+    assert change.tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("mode", captions.MODES)
 @pytest.mark.parametrize("function", ["none", "mul"])
 def test_another_image_changes_what_sees_it(experiment, mode, function):
