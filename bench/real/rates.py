@@ -14,6 +14,8 @@ import json
 import statistics
 from pathlib import Path
 
+import torch
+
 from rmt.checkpoint import environment
 from rmt.config import RunConfig, TrainConfig
 from rmt.evaluate import sampled
@@ -85,7 +87,7 @@ def main() -> None:
         chosen[name] = PUBLISHED[name] * args.factors[means.index(max(means))]
         print(f"{name:8}" + "".join(f"{mean:8.1f}" for mean in means) + f"   {chosen[name]:g}")
     command = {key: value for key, value in vars(args).items() if key not in ("json", "runs")}
-    result = {"command": command, "chosen": chosen, "rows": rows, "environment": environment("cpu")}
+    result = {"command": command, "chosen": chosen, "rows": rows, "environment": environment(torch.device("cpu"))}
     Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
