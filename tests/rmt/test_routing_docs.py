@@ -45,7 +45,7 @@ def test_every_function_has_its_rows():
         ("none", lambda b, t, v, d, r: 0),
         ("add", lambda b, t, v, d, r: b * v * d),
         ("mul", lambda b, t, v, d, r: b * d + b * r + b * t * r),
-        ("expand", lambda b, t, v, d, r: b * d + b * r + b * t),
+        ("expand", lambda b, t, v, d, r: b * d + d + b * r + b * d + b * t - b * t * r),
         ("gram", lambda b, t, v, d, r: b * v * d + b * v * r + b * t * v + b * t * r),
     ],
 )
