@@ -13,22 +13,16 @@ if TYPE_CHECKING:
 
 def options(parser: "ArgumentParser") -> None:
     """Of compare, beside those of a run."""
+    from .peers.names import METHODS
+
     add = parser.add_argument
-    add(
-        "--methods",
-        type=list[str],
-        default=None,
-        help="names, combined by +: coop tip ramt tip+ramt (--list names all)",
-    )
+    about = f"some of {', '.join(METHODS)}, and what + makes of them: tip+ramt (default: the README's list)"
+    add("--methods", type=list[str], default=None, help=about)
     add("--seeds", type=list[int], default=[1, 2, 3], help="one sample of the training images for each")
-    add("--views", type=int, default=10, help="augmented passes over the training images whose frozen features are "
-        "kept for methods that train on features")  # fmt: skip
-    add(
-        "--max_steps",
-        type=int | None,
-        default=None,
-        help="most gradient steps through the image tower of any method (default: its authors' number)",
-    )
+    about = "augmented passes over the training images whose frozen features are kept, for methods that train on these"
+    add("--views", type=int, default=10, help=about)
+    about = "most gradient steps through the image tower of any method (default: its authors' number)"
+    add("--max_steps", type=int | None, default=None, help=about)
     add("--max_feature_steps", type=int | None, default=None, help="the same for methods that train on frozen features")
     add("--rates", type=dict[str, float], default={}, help="learning rates in place of the authors': lora=1e-3 ln=3e-3")
     add("--out", type=str, required=True, help="folder of the comparison; one that was stopped there goes on")
