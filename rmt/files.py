@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from torch import Tensor
@@ -111,6 +112,14 @@ def _stage(path: Path, data: bytes, temporaries: dict[Path, Path]) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """`value` as indented JSON, whole or not at all."""
     write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def open_rows(path: Path, done: int) -> TextIO:
+    """A JSON-lines file cut back to its rows up to step `done`, open for more. A row cut short by a kill goes too."""
+    rows = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
+    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done]
+    write_whole(path, "".join(kept).encode())
+    return open(path, "a")
 
 
 def sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ from .checkpoint import environment, save_task, write_json, write_whole
 from .config import RunConfig, UserError, from_yaml, to_yaml
 from .data import Split, TrainBatches, indices_sha256
 from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FOLDER, Accuracy, Setup, prepare, sampled
+from .files import open_rows
 from .masking import per_layer
 from .progress import progress
 from .resume import Resume
@@ -128,21 +129,13 @@ def tune_masks(setup: Setup, config: RunConfig, made: Plan, batches: TrainBatche
     done = resume.steps_done
     if done:
         print(f"resume     from step {done} of {len(made.rates)}")
-    with _metrics(out / METRICS_FILE, done) as file, progress("step", len(made.rates), done) as advance:
+    with open_rows(out / METRICS_FILE, done) as file, progress("step", len(made.rates), done) as advance:
         log = functools.partial(_log, file, advance)
         tune(
             setup.clip.model, setup.text, batches, made.rates, config.train,
             seed=config.seed, log=log, tick=advance, resume=resume,
         )  # fmt: skip
     return resume.seconds
-
-
-def _metrics(path: Path, done: int) -> TextIO:
-    """The file, cut back to the rows up to step `done`, open for more. A row that was cut short by a kill goes too."""
-    rows = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done]
-    write_whole(path, "".join(kept).encode())
-    return open(path, "a")
 
 
 def _log(file: TextIO, advance: Callable, row: dict) -> None:

@@ -1,7 +1,6 @@
 """Held-out next-token loss of real captions: plain LoRA against every routing function, at equal parameters.
 
-    python bench/real/captions.py --data ../shared/data/captions/flickr8k_3000 \\
-        --model local-dir:../shared/data/weights/deit_ti16_lit --json bench/results/real/captions.json
+    python bench/real/captions.py --data FOLDER --model local-dir:PATH --json bench/results/real/captions.json
 
 A small decoder learns the captions of half the training images without images, and is frozen. LoRA on q and v of every
 layer then learns those of the other half with x_R, the frozen image tower's class token (before its projection, over

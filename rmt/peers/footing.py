@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import clip
 from ..config import RunConfig, UserError
 from ..data import Cache, Split, TrainBatches, eval_batches
+from ..files import write_whole
 from ..progress import progress
 from .memory import PeakMemory
 from .method import State, cosine_logits
@@ -230,7 +231,7 @@ class Footing:
             yield done
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @torch.no_grad()

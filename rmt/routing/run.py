@@ -21,7 +21,7 @@ from torch import nn
 from ..config import UserError, build
 from ..data.captions import Captioned, CaptionSplit, read_captions
 from ..data.text_batches import CaptionBatches
-from ..files import environment, sha256, write_json, write_whole
+from ..files import environment, open_rows, sha256, write_json, write_whole
 from ..progress import progress
 from .captioner import Captioner, caption, load_captioner, measure
 from .inject import Routed, inject_routed_adapter, inject_routed_lora, load_routed
@@ -140,20 +140,12 @@ def _train(
     )
     if resume.steps_done:
         print(f"resume     from step {resume.steps_done} of {steps}")
-    with _metrics(out / METRICS_FILE, resume.steps_done) as file, progress("step", steps, resume.steps_done) as tick:
+    with open_rows(out / METRICS_FILE, resume.steps_done) as file, progress("step", steps, resume.steps_done) as tick:
         log = functools.partial(_log, file, tick)
         train_captions(
             captioner.model, routed, batches, config.training(), pad=captioner.pad, log=log, tick=tick, resume=resume
         )
     return resume.seconds
-
-
-def _metrics(path: Path, done: int) -> TextIO:
-    """The file, cut back to the rows up to step `done`, open for more. A row that was cut short by a kill goes too."""
-    rows = path.read_text().splitlines(keepends=True) if done and path.is_file() else []
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= done]
-    write_whole(path, "".join(kept).encode())
-    return open(path, "a")
 
 
 def _log(file: TextIO, tick: Callable, row: dict) -> None:
