@@ -24,16 +24,21 @@ class Output(NamedTuple):
     loss: Tensor | None = None
 
 
+def need_transformers() -> Any:
+    """The package. Raises UserError without it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("Hugging Face hosts need transformers: pip install 'rmt[routing]'") from error
+    return transformers
+
+
 def pretrained(kind: str, name: str, drawn: bool = False, **options: Any) -> nn.Module:
     """transformers' class `kind` from a checkpoint, a name or a folder.
 
     Raises: UserError without transformers, or where the checkpoint lacks weights; drawn: those are drawn at random.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("Hugging Face hosts need transformers: pip install 'rmt[routing]'") from error
-    model, info = getattr(transformers, kind).from_pretrained(name, output_loading_info=True, **options)
+    model, info = getattr(need_transformers(), kind).from_pretrained(name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing and not drawn:
         raise UserError(
@@ -153,9 +158,11 @@ class ViTGPT2(ViTHost):
     ) -> Output:  # fmt: skip
         """image (B, C, H, W), input_ids (B, T), padded on the right, labels (B, T) -> logits (B, T + 1, V), (B, T, V)
         without prefix: row i is of the token that follows position i. Labels are of input_ids, not shifted; the mean is
-        over those that are not ignore_index (0 in the official code).
+        over those that are not ignore_index (0 in the official code). Without a mask, ids below 0 are padding.
         """
         x_r = self.see(image)
+        if attention_mask is None and isinstance(input_ids, Tensor):
+            attention_mask = (input_ids >= 0).to(torch.int64)
         mask = check_text(input_ids, attention_mask, len(x_r), self._limit, self.prefix)
         arguments = self._embedded(x_r, input_ids, mask)
         logits = self.text(x_r, **arguments, use_cache=False).logits
@@ -200,7 +207,7 @@ class ViTGPT2(ViTHost):
         return self.text.model.config.max_position_embeddings
 
     def _embedded(self, x_r: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        words = self.text.model.get_input_embeddings()(ids)
+        words = self.text.model.get_input_embeddings()(ids.clamp(min=0))
         if not self.prefix:
             return {"inputs_embeds": words, "attention_mask": mask}
         return {
