@@ -1,4 +1,4 @@
-"""The commands `rmt route train` and `rmt route eval`: routed layers in an open_clip CoCa, tuned on captions."""
+"""The commands `rmt route train` and `rmt route eval`: routed layers in a host, tuned on captions or on questions."""
 
 import dataclasses
 import json
@@ -10,6 +10,8 @@ from .config import UserError, build
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+# What an evaluation may ask otherwise than its run.
+EVAL = ("captions", "questions", "generate", "beams", "limit", "batch", "device")
 MANY = {"sites": str, "layers": int}
 
 
@@ -32,8 +34,6 @@ def train_options(parser: "ArgumentParser") -> None:
         else:
             kind = field.type if field.default is None else field.type | None
             add(option, type=kind, **({"nargs": "?", "const": True} if field.type is bool else {}), help=about)
-    add("--vision", type=str, help="Hugging Face image model of a host that is put together")
-    add("--text", type=str, help="its text model")
     add("--out", type=str, required=True, help="run folder; a run that was stopped there goes on")
 
 
@@ -54,23 +54,18 @@ def train(args: "Namespace") -> None:
 
 def _config(args: "Namespace"):
     """File, then preset, then what was given. Raises UserError."""
-    from .routing.run_config import RouteConfig, read_yaml
+    from .routing.run_config import HOSTS, RouteConfig, read_yaml
     from .routing.train import PRESETS
 
-    if args.vision is not None or args.text is not None:
-        raise UserError(
-            "rmt route train runs open_clip's CoCa (--model); a host of --vision and --text is trained from Python, "
-            "with rmt.routing.train.train_captions"
-        )
     values = read_yaml(args.config) if args.config else {}
     values |= PRESETS[args.preset] if args.preset else {}
     given = args.as_dict()
     names = [field.name for field in dataclasses.fields(RouteConfig)]
     values |= {name: given[name] for name in names if given[name] is not None}
-    for name in ("model", "captions"):
-        if name not in values:
-            raise UserError(f"--{name} must be given (--help says how)")
-    return build(RouteConfig, values, "config")
+    config = build(RouteConfig, values, "config")
+    if args.preset and (host := args.preset.partition("-")[0]) != config.host:
+        raise UserError(f"--preset {args.preset} is of {HOSTS[host]}, not of {HOSTS[config.host]}")
+    return config
 
 
 def eval_options(parser: "ArgumentParser") -> None:
@@ -78,10 +73,14 @@ def eval_options(parser: "ArgumentParser") -> None:
     add = parser.add_argument
     add("run", type=str, metavar="RUN", help="folder that rmt route train wrote")
     add("--captions", type=str, help="another caption folder (default: the run's own)")
-    add("--split", type=Literal["train", "val", "test"], default="test", help="part to measure")
-    add("--generate", type=int, help="caption so many images greedily and score them (default: the run's own)")
-    add("--limit", type=int, help="measure on no more than so many images (default: the run's own)")
-    add("--batch", type=int, help="captions a batch (default: the run's own)")
+    add("--questions", type=str, help="another folder of questions (default: the run's own)")
+    add(
+        "--split", type=Literal["train", "val", "test"] | None, help="part to measure (default: test; of questions val)"
+    )
+    add("--generate", type=int, help="caption so many images and score them (default: the run's own)")
+    add("--beams", type=int, help="of the search for captions (default: the run's own)")
+    add("--limit", type=int, help="measure on no more than so many images or questions (default: the run's own)")
+    add("--batch", type=int, help="captions or questions a batch (default: the run's own)")
     add("--device", type=str, help="auto, cpu, cuda, cuda:1, ... (default: the run's own)")
     add("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -98,7 +97,7 @@ def evaluate(args: "Namespace") -> None:
     path = Path(args.run) / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{args.run} has no {CONFIG_FILE}: it must be a folder that rmt route train wrote")
-    given = {name: getattr(args, name) for name in ("captions", "generate", "limit", "batch", "device")}
+    given = {name: getattr(args, name) for name in EVAL}
     values = read_yaml(path) | {name: value for name, value in given.items() if value is not None}
     config = build(RouteConfig, values, str(path))
     with contextlib.redirect_stdout(io.StringIO()) if args.json else contextlib.nullcontext():

@@ -43,15 +43,32 @@ def held_out(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], pad: in
     return HeldOut(mean, math.exp(mean) if mean < 700 else math.inf, tokens)
 
 
+@dataclass(frozen=True)
+class HeldOutAnswers:
+    """loss: mean binary cross-entropy over questions and classes, nats. vqa_accuracy: the official one, 0 to 1, of the
+    likeliest answer of the vocabulary, a mean over all questions. questions: how many."""
+
+    loss: float
+    vqa_accuracy: float
+    questions: int
+
+
 @torch.no_grad()
-def vqa_accuracy(model: nn.Module, batches: QuestionBatches) -> float:
-    """The official accuracy, 0 to 1, of the likeliest answer of the vocabulary, a mean over all questions."""
-    answers, right, asked = list(batches.classes), [], iter(batches.questions)
+def held_out_answers(model: nn.Module, batches: QuestionBatches) -> HeldOutAnswers:
+    """Of a VQA model over all questions, in eval mode."""
+    answers, right, asked, total = list(batches.classes), [], iter(batches.questions), 0.0
     with evaluating(model) as device:
-        for image, text, _ in batches.in_order():
-            for best in answer_logits(model, image.to(device), text.to(device)).argmax(-1).tolist():
+        for image, text, target in batches.in_order():
+            logits = answer_logits(model, image.to(device), text.to(device))
+            total += F.binary_cross_entropy_with_logits(logits, target.to(device), reduction="sum").item()
+            for best in logits.argmax(-1).tolist():
                 right.append(accuracy(answers[best], next(asked).answers))
-    return sum(right) / len(right)
+    return HeldOutAnswers(total / (len(right) * len(answers)), sum(right) / len(right), len(right))
+
+
+def vqa_accuracy(model: nn.Module, batches: QuestionBatches) -> float:
+    """The official accuracy alone: see `HeldOutAnswers`."""
+    return held_out_answers(model, batches).vqa_accuracy
 
 
 @torch.no_grad()

@@ -1,33 +1,32 @@
-"""A whole routing run in a folder: an open_clip CoCa tuned on a caption folder, measured before and after.
+"""A whole routing run in a folder: a host tuned on captions or on questions, measured before and after.
 
 config.yaml     what was asked for; `rmt route train --config RUN/config.yaml --out NEW` does it again
 before.json     the held-out loss of the host as it came
 metrics.jsonl   a line for every `log_every` steps
 last.pt         the resume file: a run that was killed goes on from here and ends with the same bits
 routed/         what was trained: `rmt.routing.load_routed`
-result.json     losses, captions' scores, versions, machine: written last, so that it stands for a finished run
+beside.safetensors   what was trained besides: an answer head, LayerNorms, biases; and a pooler that was drawn
+answers.json    of questions: the answers that the head's rows stand for
+result.json     losses, accuracy, captions' scores, versions, machine: written last, so that it stands for a whole run
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, TextIO
 
 from torch import nn
 
 from ..config import UserError, build
-from ..data.captions import Captioned, CaptionSplit, read_captions
-from ..data.text_batches import CaptionBatches
-from ..files import environment, open_rows, sha256, write_json, write_whole
+from ..files import environment, open_rows, sha256, write_folder, write_json, write_whole
 from ..progress import progress
-from .captioner import Captioner, caption, load_captioner, measure
+from .beside import FILE, beside, load, to_bytes
 from .inject import Routed, inject_routed_adapter, inject_routed_lora, load_routed
 from .resume import RoutingResume
 from .run_config import RouteConfig, read_yaml, to_yaml
-from .train import train_captions
+from .tasks import Task, task_of
 
 CONFIG_FILE, BEFORE_FILE, METRICS_FILE, RESUME_FILE = "config.yaml", "before.json", "metrics.jsonl", "last.pt"
 ROUTED_FOLDER, RESULT_FILE = "routed", "result.json"
@@ -43,35 +42,42 @@ def run_routing(config: RouteConfig, out: str | Path) -> dict:
     if (out / RESULT_FILE).is_file():
         print(f"finished   {out / RESULT_FILE} is read back; give another --out to run again")
         return json.loads((out / RESULT_FILE).read_text())
-    split = read_captions(config.captions)
-    part, measured = _held_out_part(split, config)
-    captioner = load_captioner(config)
-    batches = captioner.batches(split.train, config.batch, config.seed)
+    kind = task_of(config)
+    parts = kind.parts(config)
+    part, measured = _held_out_part(parts, config)
+    task = kind.new(config, parts["train"])
+    model, batches = task.model, task.batches(parts["train"])
     steps = len(config.training().rates(batches.steps_per_epoch))
     # A config that the host cannot take leaves no folder behind, which the mended one would then not go into.
-    inject(captioner.model, config).remove()
+    trial = inject(model, config)
+    beside(model, config)
+    trial.remove()
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CONFIG_FILE, to_yaml(config).encode())
-    before = _before(captioner, measured, config, out)
-    print(f"host       {_said(before)} on {len(measured)} {part} images", flush=True)
-    model = captioner.model
+    before = _before(task, measured, out)
+    print(f"host       {task.said(before)} on {len(measured)} {part} {task.unit}", flush=True)
     routed = inject(model, config)
+    others = beside(model, config)
     routed.print_trainable_parameters()
-    print(f"train      {len(split.train)} images, {len(batches.pairs)} captions, {steps} steps of {batches.batch}")
+    tuned = [sum(p.numel() for p in ps if p.requires_grad) for ps in (routed.parameters(), others.values())]
+    if tuned[1]:
+        print(f"beside     {tuned[1]:,} parameters more are trained")
+    counts = f"{len(parts['train'])} {task.unit}, {task.counted(batches)}, {steps} steps of {batches.batch}"
+    print(f"train      {counts}")
     if config.checkpointing:
-        model.text_decoder.set_grad_checkpointing(True)
-    seconds = _train(captioner, routed, batches, config, out, steps)
+        task.set_grad_checkpointing()
+    seconds = _train(task, routed, batches, config, out, steps)
     routed.save(out / ROUTED_FOLDER)
-    after = measure(captioner, measured, config)
-    print(f"routed     {_said(after)}, {seconds:.1f} s of tuning", flush=True)
+    write_folder(out, {**task.files, **({FILE: to_bytes(others)} if others else {})})
+    after = task.measure(measured)
+    print(f"routed     {task.said(after)}, {seconds:.1f} s of tuning", flush=True)
     result = {
-        "model": config.model, "pretrained": config.pretrained, "dataset": Path(config.captions).name, "split": part,
-        "images": len(measured), "before": before, "after": after, "steps": steps, "tuning_seconds": seconds,
-        "trainable": sum(p.numel() for p in routed.parameters()), "routed_sha256": sha256(routed.state_dict()),
+        **task.about(), "dataset": Path(config.data).name, "split": part, task.unit: len(measured), "before": before,
+        "after": after, "steps": steps, "tuning_seconds": seconds, "trainable": sum(tuned),
+        "routed_sha256": sha256(routed.state_dict()), **({"beside_sha256": sha256(others)} if others else {}),
         "config": dataclasses.asdict(config), "environment": environment(next(model.parameters()).device),
     }  # fmt: skip
-    if config.generate:
-        result |= caption(captioner, measured, config)
+    result |= task.show(measured)
     write_json(out / RESULT_FILE, result)
     return result
 
@@ -82,23 +88,27 @@ def inject(model: nn.Module, config: RouteConfig) -> Routed:
     return inject_routed_lora(model, made) if config.kind == "lora" else inject_routed_adapter(model, made)
 
 
-def evaluate_routing(config: RouteConfig, run: str | Path, part: Literal["train", "val", "test"]) -> dict:
-    """Measures a run's routed layers on one part of a caption folder; prints as `run_routing` does.
+def evaluate_routing(config: RouteConfig, run: str | Path, part: str | None = None) -> dict:
+    """Measures a run's parameters on one part of its data, by default the last that there is; prints as `run_routing`.
 
-    Raises: UserError where the run has none yet, or the part no image.
+    Raises: UserError where the run has none yet, or the data no such part.
     """
     folder = Path(run) / ROUTED_FOLDER
     if not folder.is_dir():
         raise UserError(f"{run} has no {ROUTED_FOLDER}: it must be a folder that rmt route train has finished")
-    items = getattr(read_captions(config.captions), part)[: config.limit]
+    kind = task_of(config)
+    parts = kind.parts(config)
+    part = part or list(parts)[-1]
+    items = parts.get(part, [])[: config.limit]
     if not items:
-        raise UserError(f"{config.captions} has no {part} images to measure on")
-    captioner = load_captioner(config)
-    load_routed(captioner.model, folder)
-    found = measure(captioner, items, config)
-    print(f"routed     {_said(found)} on {len(items)} {part} images", flush=True)
-    scores = caption(captioner, items, config) if config.generate else {}
-    return {"split": part, "images": len(items), **found, **scores}
+        raise UserError(f"{config.data} has no {part} {kind.unit} to measure on")
+    task = kind.of_run(config, Path(run))
+    load_routed(task.model, folder)
+    if others := beside(task.model, config):
+        load(others, Path(run) / FILE)
+    found = task.measure(items)
+    print(f"routed     {task.said(found)} on {len(items)} {part} {task.unit}", flush=True)
+    return {"split": part, task.unit: len(items), **found, **task.show(items)}
 
 
 def _need_same_run(config: RouteConfig, out: Path) -> None:
@@ -110,41 +120,32 @@ def _need_same_run(config: RouteConfig, out: Path) -> None:
         raise UserError(f"out must be a new folder or this run's own, but {out} holds a run that differs in {odd}")
 
 
-def _held_out_part(split: CaptionSplit, config: RouteConfig) -> tuple[str, list[Captioned]]:
-    if not split.train:
-        raise UserError(f"{config.captions} has no training images")
+def _held_out_part(parts: Mapping[str, list], config: RouteConfig) -> tuple[str, list]:
+    unit = task_of(config).unit
+    if not parts["train"]:
+        raise UserError(f"{config.data} has no training {unit}")
     for part in ("val", "test"):
-        if getattr(split, part):
-            return part, getattr(split, part)[: config.limit]
-    raise UserError(f"{config.captions} must have val or test images to measure on, got training images alone")
+        if parts.get(part):
+            return part, parts[part][: config.limit]
+    raise UserError(f"{config.data} must have val or test {unit} to measure on, got training {unit} alone")
 
 
-def _before(captioner: Captioner, items: Sequence[Captioned], config: RouteConfig, out: Path) -> dict:
-    """Of the host as it came: measured once, and read back where the run goes on."""
+def _before(task: Task, items: Sequence, out: Path) -> dict:
+    """Of the host as it came, its answer head as drawn: measured once, and read back where the run goes on."""
     path = out / BEFORE_FILE
     if not path.is_file():
-        write_json(path, measure(captioner, items, config))
+        write_json(path, task.measure(items))
     return json.loads(path.read_text())
 
 
-def _said(found: dict) -> str:
-    return f"loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f} ({found['tokens']:,} tokens)"
-
-
-def _train(
-    captioner: Captioner, routed: Routed, batches: CaptionBatches, config: RouteConfig, out: Path, steps: int
-) -> float:
-    pairs = hashlib.sha256(json.dumps(batches.pairs).encode()).hexdigest()
-    resume = RoutingResume(
-        out / RESUME_FILE, {"config": to_yaml(config), "captions": pairs, "steps": str(steps)}, config.save_every
-    )
+def _train(task: Task, routed: Routed, batches: Any, config: RouteConfig, out: Path, steps: int) -> float:
+    print_of = {"config": to_yaml(config), **task.fingerprint(batches), "steps": str(steps)}
+    resume = RoutingResume(out / RESUME_FILE, print_of, config.save_every)
     if resume.steps_done:
         print(f"resume     from step {resume.steps_done} of {steps}")
     with open_rows(out / METRICS_FILE, resume.steps_done) as file, progress("step", steps, resume.steps_done) as tick:
         log = functools.partial(_log, file, tick)
-        train_captions(
-            captioner.model, routed, batches, config.training(), pad=captioner.pad, log=log, tick=tick, resume=resume
-        )
+        task.train(routed, batches, log=log, tick=tick, resume=resume)
     return resume.seconds
 
 

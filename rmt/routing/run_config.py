@@ -9,6 +9,17 @@ from ..config import UserError
 from .config import Function, RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .train import RoutingTrainConfig
 
+HOSTS = {
+    "coca": "a CoCa (--model)",
+    "gpt2": "captions with --vision and --text",
+    "roberta": "--questions with --vision and --text",
+}
+# Options that mean nothing to the other hosts.
+OF_HOSTS = {
+    "pretrained": ("coca",), "image_size": ("coca",), "prefix": ("gpt2",), "beams": ("gpt2",),
+    "generate": ("coca", "gpt2"), "min_answers": ("roberta",), "draw_pooler": ("roberta",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RouteConfig:
@@ -19,28 +30,44 @@ class RouteConfig:
         model: open_clip CoCa: a name, local-dir:PATH or hf-hub:ID. pretrained: tag or file of a name's weights.
         captions: folder with captions.json, captions.csv or dataset_coco.json. image_size: pixels, in place of the
             model's.
+        vision: in place of a CoCa, a Hugging Face ViT with pooler, a name or a folder, beside text. text: its text
+            model, GPT-2 for captions, RoBERTa for questions. prefix: put the image before GPT-2's text as one token;
+            false: only routed modules see it.
+        questions: in place of captions, a folder of VQAv2. min_answers: an answer is a class where so many training
+            questions have it. draw_pooler: draw the pooler of a RoBERTa that comes without one, by the seed.
         kind: lora or adapter. function: none, add, mul, expand or gram. r: width of the bottleneck. alpha: of LoRA's
             scale alpha / r; by default r. dropout: before LoRA's A.
+        train_ln: train the LayerNorms of the layers too, as the official code. train_bias: and the biases of LoRA's
+            products.
         sites: LoRA's products, by default self.q and self.v. couple_qv: q and v in one bottleneck. layers: numbers of
             blocks, by default all. source: mean, tokens or first of the image tokens.
         lr: the largest step size. warmup: steps, or their share below 1. steps: how many, in place of epochs. epochs:
             passes over all captions. batch: captions a step. weight_decay: AdamW's. clip: the gradient's largest norm.
         precision: fp32, or bf16 autocast. checkpointing: compute blocks again in the backward pass, for memory.
         seed: of batches, dropout and first values. limit: measure on no more than so many images, the first ones.
-        generate: caption so many held-out images greedily and score them. length: of a caption, in tokens.
+        generate: caption so many held-out images and score them. length: of a caption, in tokens. beams: of the search
+            for captions, 1: greedy; more with vision and text alone.
         device: auto, cpu, cuda, cuda:1, ... log_every: steps between two rows. save_every: seconds between two
             writings of the resume file.
     """
 
-    model: str
-    captions: str
+    model: str | None = None
+    captions: str | None = None
     pretrained: str | None = None
     image_size: int | None = None
+    vision: str | None = None
+    text: str | None = None
+    prefix: bool = True
+    questions: str | None = None
+    min_answers: int = 9
+    draw_pooler: bool = False
     kind: Literal["lora", "adapter"] = "lora"
     function: Function = "mul"
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    train_ln: bool = False
+    train_bias: bool = False
     sites: tuple[str, ...] = ("self.q", "self.v")
     couple_qv: bool = False
     layers: tuple[int, ...] | None = None
@@ -58,6 +85,7 @@ class RouteConfig:
     limit: int | None = None
     generate: int = 0
     length: int = 30
+    beams: int = 1
     device: str = "auto"
     log_every: int = 20
     save_every: float = 60.0
@@ -65,7 +93,9 @@ class RouteConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("lora", "adapter"):
             raise UserError(f"kind must be lora or adapter, got {self.kind!r}")
-        for name, low in {"limit": 1, "generate": 0, "batch": 1, "length": 2}.items():
+        self._need_host_and_data()
+        counts = {"limit": 1, "generate": 0, "batch": 1, "length": 2, "beams": 1, "min_answers": 1}
+        for name, low in counts.items():
             value = getattr(self, name)
             good = isinstance(value, int) and not isinstance(value, bool) and value >= low
             if not good and not (name == "limit" and value is None):
@@ -73,6 +103,36 @@ class RouteConfig:
         # Both check what they are made of.
         self.injection()
         self.training()
+
+    def _need_host_and_data(self) -> None:
+        """One host, one kind of data, and no option that is another host's."""
+        pair = (self.vision, self.text)
+        if self.model is None and None in pair:
+            raise UserError("--model must be given, or both --vision and --text (--help says how)")
+        if self.model is not None and pair != (None, None):
+            raise UserError("a run has one host: --model, or --vision and --text, got both")
+        if (self.captions is None) == (self.questions is None):
+            got = "neither" if self.captions is None else "both"
+            raise UserError(f"one of --captions and --questions must be given, got {got}")
+        if self.model is not None and self.questions is not None:
+            raise UserError("--questions needs --vision and --text, a ViT and a RoBERTa: a CoCa answers none")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, hosts in OF_HOSTS.items():
+            if self.host not in hosts and getattr(self, name) != defaults[name]:
+                known = " or ".join(HOSTS[host] for host in hosts)
+                raise UserError(f"--{name.replace('_', '-')} is of {known}, not of {HOSTS[self.host]}")
+
+    @property
+    def host(self) -> Literal["coca", "gpt2", "roberta"]:
+        """Which kind of model is tuned."""
+        if self.model is not None:
+            return "coca"
+        return "gpt2" if self.questions is None else "roberta"
+
+    @property
+    def data(self) -> str:
+        """The folder of captions or questions."""
+        return self.captions if self.questions is None else self.questions
 
     def injection(self) -> RoutedConfig:
         """What is put into the host."""

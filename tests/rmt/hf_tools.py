@@ -1,5 +1,7 @@
 """Random Hugging Face hosts that take milliseconds. Widths are 32, images 16 x 16, words 24; no dropout."""
 
+from pathlib import Path
+
 import torch
 import transformers
 
@@ -80,3 +82,32 @@ def batch(kind: str, size: int = 3, seed: int = 1, dtype: torch.dtype = torch.fl
     if kind == "roberta":
         labels = torch.rand(size, ANSWERS, generator=random, dtype=dtype)
     return {"image": image, "input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
+
+
+# What text_tools writes, behind <s>, <pad>, </s> and <unk>, of which GPT-2 has no <pad>: "!" is in its place.
+SAID = ["A", "the", "whole", "picture", "is", "wall", ".", "red", "green", "blue", "grey", "What", "colour", "it", "?"]
+
+
+def folders(root: Path, seed: int = 0) -> dict[str, str]:
+    """Checkpoints of vit, gpt2 and roberta with processor and tokenizers, as --vision and --text take them."""
+    torch.manual_seed(seed)
+    made = {"vit": vit(), "gpt2": gpt2(), "roberta": roberta()}
+    for name, model in made.items():
+        model.eval().save_pretrained(root / name)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(root / "vit")
+    tokenizer("!").save_pretrained(root / "gpt2")
+    tokenizer("<pad>", ends=True, pad_token="<pad>").save_pretrained(root / "roberta")
+    return {name: str(root / name) for name in made}
+
+
+def tokenizer(second: str, ends: bool = False, **tokens: str) -> transformers.PreTrainedTokenizerFast:
+    """Of whole words. ends: put <s> and </s> around a text, as RoBERTa's does."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(["<s>", second, "</s>", "<unk>", *SAID])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if ends:
+        made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **tokens}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)

@@ -9,7 +9,6 @@ import torch
 
 from rmt.cli import main
 from rmt.routing import load_routed, train
-from rmt.routing.run_config import RouteConfig, read_yaml
 
 QUICK = ["--r", "4", "--steps", "6", "--batch", "8", "--lr", "3e-2", "--log-every", "2", "--length", "8"]
 QUICK += ["--device", "cpu"]
@@ -124,19 +123,15 @@ def test_options_reach_the_injection(files, tmp_path):
     assert (tmp_path / "adapter" / "routed" / "routed.safetensors").is_file()
 
 
-def test_presets_stand_between_defaults_and_options(files, tmp_path, capsys):
-    flags = ["--preset", "roberta-adapter", "--steps", "20", "--limit", "1"]
+def test_presets_are_of_other_hosts(files, tmp_path, capsys):
     plain = command(files, tmp_path / "run")[:8]
-    assert main([*plain, *flags, "--device", "cpu", "--r", "8"]) == 0
-    config = RouteConfig(**{k: tuple(v) if isinstance(v, list) else v
-                            for k, v in read_yaml(tmp_path / "run" / "config.yaml").items()})  # fmt: skip
-    assert (config.kind, config.r, config.lr, config.warmup, config.batch) == ("adapter", 8, 3e-4, 0.05, 512)
+    for preset, of in (("roberta-adapter", "--questions with"), ("gpt2-lora", "captions with")):
+        assert main([*plain, "--preset", preset]) == 2
+        assert f"--preset {preset} is of {of} --vision and --text, not of a CoCa" in capsys.readouterr().err
     assert train.PRESETS["gpt2-lora"] == {
         "kind": "lora", "r": 128, "alpha": 128, "lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20,
     }  # fmt: skip
-    assert main([*plain[:-1], str(tmp_path / "b"), "--preset", "gpt2-lora", "--steps", "9", "--device", "cpu"]) == 2
-    assert "warmup must be shorter than the run of 9 steps, got 5000" in capsys.readouterr().err
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,8 @@ def test_presets_stand_between_defaults_and_options(files, tmp_path, capsys):
         (["--lr", "-1"], "lr must be a finite number above 0, got -1.0"),
         (["--source", "tokens"], "source tokens needs the function gram"),
         (["--layers", "7"], "layers must be from 0 to 1, got 7"),
-        (["--vision", "google/vit-base-patch16-224"], "a host of --vision and --text is trained from Python"),
+        (["--vision", "google/vit-base-patch16-224"], "a run has one host: --model, or --vision and --text"),
+        (["--beams", "2"], "--beams is of captions with --vision and --text, not of a CoCa"),
         (["--batches", "3"], "did you mean --batch"),
     ],
 )
