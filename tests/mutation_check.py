@@ -60,6 +60,7 @@ ROUTING_TRAIN = ["tests/rmt/test_routing_train.py"]
 ROUTING_COMMAND = ["tests/rmt/test_routing_command.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 CAPTIONS = ["tests/rmt/test_routing_captions.py"]
+ROUTING_HF = ["tests/rmt/test_routing_command_hf.py"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
@@ -96,6 +97,10 @@ MUTATIONS = [
      "logits[:, -1].argmax(-1).masked_fill(done, pad)", "logits[:, -1].argmax(-1)", ROUTING_TRAIN),
     ("CIDEr-D without its clip", "rmt/routing/scores.py",
      "min(weight, b.get(gram, 0.0)) * b.get(gram, 0.0)", "weight * b.get(gram, 0.0)", ROUTING_TRAIN),
+    ("an answer head is not read back", "rmt/routing/run.py",
+     "load(others, Path(run) / FILE)", "pass", ROUTING_HF),
+    ("padding is a word of GPT-2's", "rmt/routing/hf_load.py", "PAD = -100", "PAD = 4", ROUTING_HF),
+    ("what is drawn is drawn anew", "rmt/routing/hf_load.py", "torch.manual_seed(config.seed)", "pass", ROUTING_HF),
     ("a stopped routing run starts anew", "rmt/routing/train.py",
      "range(resume.steps_done if resume else 0, len(rates))", "range(len(rates))", ROUTING_COMMAND),
     ("another image is the image itself", "bench/real/captions.py", "mine.roll(len(mine) // 2)", "mine", CAPTIONS),

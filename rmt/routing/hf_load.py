@@ -55,7 +55,9 @@ def _host(config: RouteConfig, answers: int) -> nn.Module:
     try:
         return _loaded(
             "--text", config.text,
-            lambda text: ViTRoberta.from_pretrained(config.vision, text, answers, drawn=config.draw_pooler),
+            lambda text: ViTRoberta.from_pretrained(
+                config.vision, text, answers, config.double_embeddings, config.draw_pooler
+            ),
         )  # fmt: skip
     except UserError as error:
         # The command's name for what the class calls drawn.

@@ -18,6 +18,7 @@ HOSTS = {
 OF_HOSTS = {
     "pretrained": ("coca",), "image_size": ("coca",), "prefix": ("gpt2",), "beams": ("gpt2",),
     "generate": ("coca", "gpt2"), "min_answers": ("roberta",), "draw_pooler": ("roberta",),
+    "double_embeddings": ("roberta",),
 }  # fmt: skip
 
 
@@ -35,10 +36,13 @@ class RouteConfig:
             false: only routed modules see it.
         questions: in place of captions, a folder of VQAv2. min_answers: an answer is a class where so many training
             questions have it. draw_pooler: draw the pooler of a RoBERTa that comes without one, by the seed.
+        double_embeddings: positions and LayerNorm twice over the question, as the official code.
         kind: lora or adapter. function: none, add, mul, expand or gram. r: width of the bottleneck. alpha: of LoRA's
             scale alpha / r; by default r. dropout: before LoRA's A.
         train_ln: train the LayerNorms of the layers too, as the official code. train_bias: and the biases of LoRA's
             products.
+        share: one adapter for attention and MLP of a block, as published for GPT-2. residual: add an adapter's input to
+            its output; false as published for RoBERTa.
         sites: LoRA's products, by default self.q and self.v. couple_qv: q and v in one bottleneck. layers: numbers of
             blocks, by default all. source: mean, tokens or first of the image tokens.
         lr: the largest step size. warmup: steps, or their share below 1. steps: how many, in place of epochs. epochs:
@@ -61,11 +65,14 @@ class RouteConfig:
     questions: str | None = None
     min_answers: int = 9
     draw_pooler: bool = False
+    double_embeddings: bool = False
     kind: Literal["lora", "adapter"] = "lora"
     function: Function = "mul"
     r: int = 16
     alpha: float | None = None
     dropout: float = 0.0
+    share: bool = False
+    residual: bool = True
     train_ln: bool = False
     train_bias: bool = False
     sites: tuple[str, ...] = ("self.q", "self.v")
@@ -121,6 +128,8 @@ class RouteConfig:
             if self.host not in hosts and getattr(self, name) != defaults[name]:
                 known = " or ".join(HOSTS[host] for host in hosts)
                 raise UserError(f"--{name.replace('_', '-')} is of {known}, not of {HOSTS[self.host]}")
+        if self.kind == "lora" and (self.share or not self.residual):
+            raise UserError("--share and --residual are of --kind adapter, not of lora")
 
     @property
     def host(self) -> Literal["coca", "gpt2", "roberta"]:
