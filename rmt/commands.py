@@ -155,7 +155,7 @@ COMMANDS = {
     "select": Command("Show which weights a criterion would select.", runs.no_options, runs.select, run=True),
     "data list": Command("The data sets that rmt knows, and where it expects them.", _json_option, _data_list),
     "data check": Command("What is missing from a folder of data sets.", _data_check_options, _data_check),
-    "route train": Command("Tune routed layers of a host on captions or questions: LoRA, adapters that the image steers.",
+    "route train": Command("Tune routed layers on captions or questions: LoRA and adapters that the image steers.",
                            routing.train_options, routing.train),
     "route eval": Command("Measure such a run: held-out loss, perplexity, captions; of questions the accuracy.",
                           routing.eval_options, routing.evaluate),

@@ -139,8 +139,8 @@ def _before(task: Task, items: Sequence, out: Path) -> dict:
 
 
 def _train(task: Task, routed: Routed, batches: Any, config: RouteConfig, out: Path, steps: int) -> float:
-    print_of = {"config": to_yaml(config), **task.fingerprint(batches), "steps": str(steps)}
-    resume = RoutingResume(out / RESUME_FILE, print_of, config.save_every)
+    fingerprint = {"config": to_yaml(config), **task.fingerprint(batches), "steps": str(steps)}
+    resume = RoutingResume(out / RESUME_FILE, fingerprint, config.save_every)
     if resume.steps_done:
         print(f"resume     from step {resume.steps_done} of {steps}")
     with open_rows(out / METRICS_FILE, resume.steps_done) as file, progress("step", steps, resume.steps_done) as tick:

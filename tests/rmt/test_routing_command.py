@@ -6,6 +6,7 @@ import pytest
 import text_tools
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from rmt.cli import main
 from rmt.routing import load_routed, train
@@ -93,7 +94,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(run, files, tmp_pat
     assert metrics(out) == metrics(tmp_path / "whole")
 
 
-def test_options_reach_the_injection(files, tmp_path):
+def test_options_reach_the_injection(files, tmp_path, capsys):
     flags = [
         "--function",
         "gram",
@@ -119,8 +120,15 @@ def test_options_reach_the_injection(files, tmp_path):
         "gram", "tokens", ("self.q", "cross.q"), (1,), 8, 4,
     )  # fmt: skip
     assert len(list(routed.named_parameters())) == 4
-    assert main(command(files, tmp_path / "adapter", "--kind", "adapter", "--steps", "2")) == 0
+    others = ["--kind", "adapter", "--steps", "2", "--warmup", "0", "--train-ln"]
+    assert main(command(files, tmp_path / "adapter", *others)) == 0
     assert (tmp_path / "adapter" / "routed" / "routed.safetensors").is_file()
+    # LayerNorms lie beside the adapters, and are read back.
+    capsys.readouterr()
+    assert main(["route", "eval", str(tmp_path / "adapter"), "--split", "val", "--json"]) == 0
+    loss = result(tmp_path / "adapter")["after"]["loss"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(loss, rel=1e-6)
+    assert len(load_file(tmp_path / "adapter" / "beside.safetensors")) > 4
 
 
 def test_presets_are_of_other_hosts(files, tmp_path, capsys):

@@ -51,7 +51,7 @@ def asked(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "form", [[], ["--prefix", "false", "--beams", "1", "--kind", "adapter", "--checkpointing", "--share"]]
+    "form", [[], ["--prefix", "false", "--beams", "1", "--kind", "adapter", "--precision", "bf16", "--share"]]
 )
 def test_captions(files, form, tmp_path, capsys):
     out = tmp_path / "run"
@@ -140,7 +140,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(kind, files, tmp_pa
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
-    flags = ["--dropout", "0.3", "--save-every", "0", "--train-ln", "--train-bias"]
+    flags = ["--dropout", "0.3", "--save-every", "0", "--train-ln", "--train-bias", "--checkpointing"]
     monkeypatch.setattr(torch.optim.AdamW, "step", killed)
     # Three processes' own random states, which a run must not depend on.
     torch.manual_seed(4)
