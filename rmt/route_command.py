@@ -54,7 +54,7 @@ def train(args: "Namespace") -> None:
 
 def _config(args: "Namespace"):
     """File, then preset, then what was given. Raises UserError."""
-    from .routing.run_config import HOSTS, RouteConfig, read_yaml
+    from .routing.run_config import HOSTS, RouteConfig, host_of, read_yaml
     from .routing.train import PRESETS
 
     values = read_yaml(args.config) if args.config else {}
@@ -62,10 +62,11 @@ def _config(args: "Namespace"):
     given = args.as_dict()
     names = [field.name for field in dataclasses.fields(RouteConfig)]
     values |= {name: given[name] for name in names if given[name] is not None}
-    config = build(RouteConfig, values, "config")
-    if args.preset and (host := args.preset.partition("-")[0]) != config.host:
-        raise UserError(f"--preset {args.preset} is of {HOSTS[host]}, not of {HOSTS[config.host]}")
-    return config
+    # Before the config, which would complain of the preset's values one by one.
+    host = host_of(values.get("model"), values.get("questions"))
+    if args.preset and (own := args.preset.partition("-")[0]) != host:
+        raise UserError(f"--preset {args.preset} is of {HOSTS[own]}, not of {HOSTS[host]}")
+    return build(RouteConfig, values, "config")
 
 
 def eval_options(parser: "ArgumentParser") -> None:

@@ -9,17 +9,25 @@ from ..config import UserError
 from .config import Function, RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .train import RoutingTrainConfig
 
-HOSTS = {
+Host = Literal["coca", "gpt2", "roberta"]
+HOSTS: dict[Host, str] = {
     "coca": "a CoCa (--model)",
     "gpt2": "captions with --vision and --text",
     "roberta": "--questions with --vision and --text",
 }
 # Options that mean nothing to the other hosts.
-OF_HOSTS = {
+OF_HOSTS: dict[str, tuple[Host, ...]] = {
     "pretrained": ("coca",), "image_size": ("coca",), "prefix": ("gpt2",), "beams": ("gpt2",),
     "generate": ("coca", "gpt2"), "min_answers": ("roberta",), "draw_pooler": ("roberta",),
     "double_embeddings": ("roberta",),
 }  # fmt: skip
+
+
+def host_of(model: str | None, questions: str | None) -> Host:
+    """Of a run with such a model and such data."""
+    if model is not None:
+        return "coca"
+    return "gpt2" if questions is None else "roberta"
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class RouteConfig:
         train_ln: train the LayerNorms of the layers too, as the official code. train_bias: and the biases of LoRA's
             products.
         share: one adapter for attention and MLP of a block, as published for GPT-2. residual: add an adapter's input to
-            its output; false as published for RoBERTa.
+            its output; false as published for RoBERTa. zero_init: begin with its way up at 0; false as published.
         sites: LoRA's products, by default self.q and self.v. couple_qv: q and v in one bottleneck. layers: numbers of
             blocks, by default all. source: mean, tokens or first of the image tokens.
         lr: the largest step size. warmup: steps, or their share below 1. steps: how many, in place of epochs. epochs:
@@ -73,6 +81,7 @@ class RouteConfig:
     dropout: float = 0.0
     share: bool = False
     residual: bool = True
+    zero_init: bool = True
     train_ln: bool = False
     train_bias: bool = False
     sites: tuple[str, ...] = ("self.q", "self.v")
@@ -128,15 +137,15 @@ class RouteConfig:
             if self.host not in hosts and getattr(self, name) != defaults[name]:
                 known = " or ".join(HOSTS[host] for host in hosts)
                 raise UserError(f"--{name.replace('_', '-')} is of {known}, not of {HOSTS[self.host]}")
-        if self.kind == "lora" and (self.share or not self.residual):
-            raise UserError("--share and --residual are of --kind adapter, not of lora")
+        if self.kind == "lora" and (self.share or not self.residual or not self.zero_init):
+            raise UserError("--share, --residual and --zero-init are of --kind adapter, not of lora")
+        if self.kind == "adapter" and self.couple_qv:
+            raise UserError("--couple-qv is of --kind lora, not of adapter")
 
     @property
-    def host(self) -> Literal["coca", "gpt2", "roberta"]:
+    def host(self) -> Host:
         """Which kind of model is tuned."""
-        if self.model is not None:
-            return "coca"
-        return "gpt2" if self.questions is None else "roberta"
+        return host_of(self.model, self.questions)
 
     @property
     def data(self) -> str:

@@ -19,12 +19,15 @@ from ..data.batches import prefetch
 from .inject import Routed
 from .resume import RoutingResume
 
-# kind, r and alpha are of the injection; the rest of RoutingTrainConfig. gpt2-* are for captions, roberta-* for VQA.
+# What the scripts run, routing aside, which is asked for by its function; gpt2-* are for captions, roberta-* for VQA.
+_GPT2 = {"lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20, "train_ln": True}
+_ROBERTA = {"lr": 3e-4, "warmup": 0.05, "batch": 512, "epochs": 20, "train_ln": True, "double_embeddings": True}
+_LORA = {"kind": "lora", "r": 128, "alpha": 128, "train_bias": True}
 PRESETS: dict[str, dict] = {
-    "gpt2-lora": {"kind": "lora", "r": 128, "alpha": 128, "lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20},
-    "gpt2-adapter": {"kind": "adapter", "r": 128, "lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20},
-    "roberta-lora": {"kind": "lora", "r": 128, "alpha": 128, "lr": 3e-4, "warmup": 0.05, "batch": 512, "epochs": 20},
-    "roberta-adapter": {"kind": "adapter", "r": 64, "lr": 3e-4, "warmup": 0.05, "batch": 512, "epochs": 20},
+    "gpt2-lora": {**_LORA, **_GPT2, "couple_qv": True},
+    "gpt2-adapter": {"kind": "adapter", "r": 128, "share": True, "zero_init": False, **_GPT2},
+    "roberta-lora": {**_LORA, **_ROBERTA},
+    "roberta-adapter": {"kind": "adapter", "r": 64, "residual": False, "zero_init": False, **_ROBERTA},
 }
 
 

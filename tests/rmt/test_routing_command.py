@@ -138,6 +138,7 @@ def test_presets_are_of_other_hosts(files, tmp_path, capsys):
         assert f"--preset {preset} is of {of} --vision and --text, not of a CoCa" in capsys.readouterr().err
     assert train.PRESETS["gpt2-lora"] == {
         "kind": "lora", "r": 128, "alpha": 128, "lr": 3e-5, "warmup": 5000, "batch": 40, "epochs": 20,
+        "couple_qv": True, "train_ln": True, "train_bias": True,
     }  # fmt: skip
     assert not (tmp_path / "run").exists()
 

@@ -207,7 +207,9 @@ def test_presets_stand_between_defaults_and_options(preset, files, tmp_path, cap
         ("gpt2", ["--pretrained", "x"], "--pretrained is of a CoCa (--model), not of captions"),
         ("gpt2", ["--min-answers", "3"], "--min-answers is of --questions with"),
         ("gpt2", ["--beams", "0"], "beams must be an integer of at least 1, got 0"),
-        ("gpt2", ["--residual", "false"], "--share and --residual are of --kind adapter"),
+        ("gpt2", ["--residual", "false"], "--share, --residual and --zero-init are of --kind adapter"),
+        ("gpt2", ["--zero-init", "false"], "--share, --residual and --zero-init are of --kind adapter"),
+        ("gpt2", ["--kind", "adapter", "--couple-qv"], "--couple-qv is of --kind lora, not of adapter"),
         ("gpt2", ["--sites", "cross.q"], "no site cross.q"),
         ("roberta", ["--generate", "2"], "--generate is of a CoCa (--model) or captions"),
         ("roberta", ["--prefix", "false"], "--prefix is of captions with --vision and --text"),
@@ -221,7 +223,7 @@ def test_mistakes_in_one_line(kind, flags, message, files, tmp_path, capsys):
         hf_tools.tokenizer("!").save_pretrained(tmp_path / "narrow")
     known = files | {"narrow": str(tmp_path / "narrow")}
     capsys.readouterr()
-    assert main([*command(files, kind, tmp_path / "run"), flags[0], known.get(flags[1], flags[1])]) == 2
+    assert main([*command(files, kind, tmp_path / "run"), flags[0], known.get(flags[1], flags[1]), *flags[2:]]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rmt: error")]
     assert len(error) == 1 and message in error[0], error
     assert not (tmp_path / "run").exists(), "what is mended can run there"
