@@ -72,6 +72,8 @@ ABLATIONS = {
                           _values("mask.threshold", (1e-3, 2.5e-3, 5e-3, 7.5e-3, 9e-3))),
     "init": Ablation("first score; the way from it to the threshold changes with it",
                      _values("mask.init", (6e-3, 7.5e-3, 1e-2, 1.5e-2, 2e-2))),
+    "spread": Ablation("first scores all at init, as published, or drawn around it",
+                       _values("mask.spread", (0.0, 0.25, 0.5, 1.0))),
     "targets": Ablation("which weights get masks", _targets),
     "selection": Ablation("which weights get a score: each criterion, at --select.budget", _selection),
     "budget": Ablation("how many weights get a score, by --select.criterion (snip where none is given)", _budget),

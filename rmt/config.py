@@ -58,6 +58,8 @@ class MaskConfig:
         modules: patterns of module names (`fnmatch`: `visual.trunk.blocks.*.attn.qkv`), in place of targets and towers:
             for models that rmt does not know.
         init: a score's first value. threshold: a weight is on while its score is above it.
+        spread: draw first scores evenly around init, up to this share of the way to the threshold. 0, the published
+            start, has all at init: no bit flips for the first steps, and then those of one mind at once.
     """
 
     targets: tuple[str, ...] | None = None
@@ -65,6 +67,7 @@ class MaskConfig:
     modules: tuple[str, ...] = ()
     init: float = 1e-2
     threshold: float = 5e-3
+    spread: float = 0.0
 
     def __post_init__(self) -> None:
         _need(self, "targets", f"some of {', '.join(TARGETS)}", self.targets is None or _some_of(self.targets, TARGETS))
@@ -76,6 +79,7 @@ class MaskConfig:
         _need(self, "threshold", "a finite number of at least 0", _finite(self.threshold) and self.threshold >= 0)
         above = _finite(self.init) and self.init > self.threshold
         _need(self, "init", f"a finite number above threshold ({self.threshold!r}), so that all masks start on", above)
+        _need(self, "spread", "a number from 0 to 1", _finite(self.spread) and 0 <= self.spread <= 1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rmt_kernels import philox_uniform
+
 from .attention import FusedMaskedMultiheadAttention
 from .config import PRESETS, MaskConfig, UserError
 from .masked import Mask, MaskedModule, masks
@@ -40,6 +42,8 @@ PATTERNS = {
 }
 
 
+# Of the draws of `spread`, which are no run's.
+SPREAD_SEED = 0x5350524541440000
 EXAMPLE = "MaskConfig(modules=('visual.trunk.blocks.*.qkv',))"
 
 
@@ -89,16 +93,34 @@ def apply_masks(model: nn.Module, config: MaskConfig, selection: Any = None) -> 
 
     Raises: UserError where the model has masks already, or a target that cannot be masked; no module is then swapped.
     """
-    names = find_targets(model, config)
-    if selection is None:
-        return swap_in(model, names, config, None)
-    known = tuple(f"{name}." for name in names)
-    words = {key: value for key, value in selection.words.items() if value.any()}
-    strange = [key for key in words if not key.startswith(known)]
-    if strange or not words:
-        what = f"{strange[0]}, which is none" if strange else "nothing"
-        raise UserError(f"the selection must be of weights that the configuration masks, got {what}")
-    return swap_in(model, names, config, words)
+    names, words = find_targets(model, config), None
+    if selection is not None:
+        known = tuple(f"{name}." for name in names)
+        words = {key: value for key, value in selection.words.items() if value.any()}
+        strange = [key for key in words if not key.startswith(known)]
+        if strange or not words:
+            what = f"{strange[0]}, which is none" if strange else "nothing"
+            raise UserError(f"the selection must be of weights that the configuration masks, got {what}")
+    found = swap_in(model, names, config, words)
+    if config.spread:
+        spread(found, config)
+    return found
+
+
+@torch.no_grad()
+def spread(found: Iterable[Mask], config: MaskConfig) -> None:
+    """Draws scores evenly from init plus or minus spread (init - threshold), none at or below the threshold.
+
+    A draw depends on the mask's position and the element alone: all runs, and all ranks, begin alike.
+    """
+    width = config.spread * (config.init - config.threshold)
+    for stream, mask in enumerate(found):
+        scores = mask.scores
+        rng = torch.tensor([SPREAD_SEED, 0], device=scores.device)
+        drawn = config.init + width * (1 - 2 * philox_uniform(rng, stream, tuple(scores.shape)).double())
+        lowest = torch.nextafter(torch.tensor(config.threshold), torch.tensor(torch.inf))
+        scores.copy_(drawn.float().clamp_(min=lowest.item()))
+        mask.refresh()
 
 
 def apply_keys(model: nn.Module, keys: Iterable[str], config: MaskConfig) -> list[Mask]:

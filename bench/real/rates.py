@@ -25,7 +25,7 @@ from rmt.peers.footing import Footing
 from rmt.peers.names import parse
 
 # What each method's authors take (parts.py and full_ft.py say which of these are ours).
-PUBLISHED = {"ramt": 8e-5, "lora": 2e-4, "bitfit": 1e-3, "ln": 1e-3, "full_ft": 1e-5}
+PUBLISHED = {"ramt": 8e-5, "ramt_spread": 8e-5, "lora": 2e-4, "bitfit": 1e-3, "ln": 1e-3, "full_ft": 1e-5}
 
 
 def arguments() -> argparse.Namespace:

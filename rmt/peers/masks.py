@@ -23,6 +23,7 @@ class MaskTuning(Method):
     source = "Zheng et al., ICCV 2023; wuw2019/R-AMT at 07f8d2c, as rmt train has it"
     preset = "ramt"
     drops = True
+    spread: float | None = None
 
     def config(self, footing: Footing) -> RunConfig:
         """The resolved config of the masks' run."""
@@ -31,7 +32,8 @@ class MaskTuning(Method):
         asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, strength=strength))
         found = resolve(asked)
         train = dataclasses.replace(found.train, lr=footing.rate(self.name, found.train.lr))
-        return dataclasses.replace(found, train=train)
+        mask = found.mask if self.spread is None else dataclasses.replace(found.mask, spread=self.spread)
+        return dataclasses.replace(found, mask=mask, train=train)
 
     def schedule(self, footing: Footing, config: RunConfig) -> tuple[RunConfig, Plan, int]:
         """(config, rates, published steps): the recipe's length, cut where the footing has a limit."""
@@ -78,7 +80,7 @@ class MaskTuning(Method):
         }  # fmt: skip
         chosen = {
             "lr": train.lr, "strength": train.strength, "l2": train.l2, "targets": config.mask.targets,
-            "init": config.mask.init, "threshold": config.mask.threshold,
+            "init": config.mask.init, "threshold": config.mask.threshold, "spread": config.mask.spread,
         }  # fmt: skip
         return Fit(
             {}, sum(mask.scores.numel() for mask in setup.masks), chosen, len(made.rates), published,
@@ -96,6 +98,13 @@ class RAMT(MaskTuning):
     """Regularized attention mask tuning: the method of this package."""
 
     name, title = "ramt", "R-AMT"
+
+
+class SpreadRAMT(MaskTuning):
+    """The same from first scores that are spread: this package's own start, not the paper's."""
+
+    name, title = "ramt_spread", "R-AMT, spread start"
+    spread = 1.0
 
 
 class AMT(MaskTuning):

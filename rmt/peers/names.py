@@ -26,6 +26,7 @@ METHODS = {
     "full_ft": ("full_ft", "FullFineTuning"),
     "wise_ft": ("full_ft", "WiseFT"),
     "ramt": ("masks", "RAMT"),
+    "ramt_spread": ("masks", "SpreadRAMT"),
     "amt": ("masks", "AMT"),
     "rmmt": ("masks", "RMMT"),
     "rpmt": ("masks", "RPMT"),
@@ -35,7 +36,7 @@ DEFAULT = (
     "ramt", "amt", "coop+ramt", "tip+ramt", "tip_f+ramt", "lora+ramt",
 )  # fmt: skip
 ORDER: tuple[Kind, ...] = ("image", "text", "head")
-MASKS = ("ramt", "amt", "rmmt", "rpmt")
+MASKS = ("ramt", "ramt_spread", "amt", "rmmt", "rpmt")
 WHOLE = ("full_ft", "wise_ft")
 # A context that is learned together with masks, as in the paper's CoOp+R-AMT, by these.
 JOINT = ("coop", "coop_photo", "coop_csc")

@@ -62,7 +62,7 @@ def test_every_ablation_varies_its_own_part_alone():
     given = dataclasses.replace(PLAIN, train=TrainConfig(strength=0.5))
     assert changes("shots", given)["1"] == {"shots": 1} and changes("strength", given)["0.5"] == {}
     assert set(ABLATIONS) == {
-        "strength", "threshold", "init", "targets", "selection", "budget", "l2", "dropout", "shots",
+        "strength", "threshold", "init", "spread", "targets", "selection", "budget", "l2", "dropout", "shots",
     }  # fmt: skip
 
 

@@ -433,3 +433,34 @@ def test_percent_off_counts_every_masked_weight_once():
         ("visual.conv1.weight", 30, 64 * 192),
         (f"{BLOCK}0.attn.in_proj_weight", 0, 192 * 64),
     ]
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_spread_scores_lie_evenly_around_init_and_switch_nothing_off(share):
+    found = apply_masks(tiny.model(), config := MaskConfig(spread=share))
+    width = share * (config.init - config.threshold)
+    for stream, mask in enumerate(found):
+        scores = mask.scores.detach()
+        assert (scores > config.threshold).all() and count_off([mask])[0] == 0
+        assert torch.equal(mask.bits, rk.pack_scores(scores, config.threshold))
+        rest = ((scores - config.init) / width).flatten().double()
+        assert rest.abs().max() <= 1 + 1e-5 and abs(rest.mean()) < 5 / rest.numel() ** 0.5
+        assert torch.histc(rest, 4, -1, 1).min() > 0.2 * rest.numel(), "evenly"
+        assert stream == 0 or not torch.equal(scores.flatten()[:64], found[0].scores.flatten()[:64]), "each its own"
+    again = apply_masks(tiny.model(), config)
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(found, again))
+    with pytest.raises(UserError, match=r"spread must be a number from 0 to 1, got 1\.5"):
+        MaskConfig(spread=1.5)
+
+
+def test_spread_scores_of_a_selection():
+    plain = apply_masks(tiny.model(), MaskConfig())
+    words = {plain[1].key: torch.full_like(plain[1].bits, 5)}
+    found = apply_masks(tiny.model(), MaskConfig(spread=1.0), SimpleNamespace(words=words))
+    assert len(found) == 1 and found[0].scores.dim() == 1 and found[0].scores.unique().numel() > 100
+
+
+def test_a_lowest_draw_stays_above_the_threshold(monkeypatch):
+    monkeypatch.setattr("rmt.masking.philox_uniform", lambda rng, stream, shape: torch.full(shape, 1 - 2.0**-24))
+    found = apply_masks(tiny.model(), MaskConfig(spread=1.0))
+    assert percent_off(found) == 0 and float(found[0].scores.detach().max()) < 0.0050001
