@@ -8,6 +8,7 @@ report.html` draws the file; `--collect` only gathers what is there.
 """
 
 import argparse
+import itertools
 import json
 import shlex
 import sys
@@ -36,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-feature-steps", type=int)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--precision", default="fp32")
-    parser.add_argument("--runs", default="runs/compare")
+    parser.add_argument("--runs", nargs="+", default=["runs/compare"], help="written into the first, gathered from all")
     parser.add_argument("--json", required=True)
     parser.add_argument("--collect", action="store_true", help="gather finished cells, run nothing")
     return parser.parse_args()
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace, data: str) -> None:
     )  # fmt: skip
     config = RunConfig(args.model, data=data, template=args.template, image_size=args.image_size, train=train)
     options = Options(max_steps=args.max_steps, max_feature_steps=args.max_feature_steps, rates=rates)
-    out = Path(args.runs) / Path(data).name
+    out = Path(args.runs[0]) / Path(data).name
     compare(config, out, args.methods, args.shots, args.seeds, options, "python bench/real/compare.py")
 
 
@@ -63,8 +64,8 @@ def main() -> None:
     for data in () if args.collect else args.data:
         run(args, data)
     cells = []
-    for data in args.data:
-        found = sorted((Path(args.runs) / Path(data).name).glob("*/shots*-seed*/result.json"))
+    for data, runs in itertools.product(args.data, args.runs):
+        found = sorted((Path(runs) / Path(data).name).glob("*/shots*-seed*/result.json"))
         cells += [json.loads(path.read_text()) for path in found]
     cells = [{key: value for key, value in cell.items() if key not in LEFT_OUT} for cell in cells]
     asked = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "collect")}
