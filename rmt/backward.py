@@ -21,8 +21,10 @@ def backward(
     """The gradient of the scores of every masked weight from two losses, with gradient dropout.
 
     With an optimizer both gradients stay in its buffers, and its next `step` drops out and updates in one pass over
-    them; `.grad` is left alone. With a model or masks `scores.grad` is set, for any optimizer of torch: replaced, not
-    added to, since dropout is nonlinear and the sum of two dropped-out gradients is not that of both batches.
+    them; `.grad` is left alone. Where several processes share a batch each gradient is summed over them here, the
+    task's while the general pass runs: see `rmt.reduction`. With a model or masks `scores.grad` is set, for any
+    optimizer of torch: replaced, not added to, since dropout is nonlinear and the sum of two dropped-out gradients is
+    not that of both batches.
 
     Args:
         task: scalar loss, or a pair (tensor, its cotangent).
@@ -53,9 +55,14 @@ def backward(
         raise ValueError("all parts of a batch must have a general loss, or none")
     losses = {TASK: _pair(task)} | ({} if general is None or _is_zero(general) else {GENERAL: _pair(general)})
     for n, (side, loss) in enumerate(losses.items()):
+        if not more:
+            held.begin(side)
         _collect(held, side, loss, retain_graph or n + 1 < len(losses))
+        if not more:
+            held.end(side)
         if side == TASK and not held.live:
             raise ValueError(f"the task loss does not depend on any of the {len(found)} masked weights given")
+    held.wait()
     rng = torch.stack([torch.as_tensor(v, dtype=torch.int64, device=found[0].scores.device) for v in (seed, step)])
     dropout = Dropout(general is not None, rng, float(strength), l2)
     if optimizer:

@@ -15,6 +15,7 @@ from torch import Tensor
 import rmt_kernels
 
 from .masked import Mask
+from .reduction import Reduction
 
 TASK, GENERAL = 0, 1
 
@@ -33,10 +34,14 @@ class Dropout:
 
 
 class Gradients:
-    """Both gradients of `masks`, a pair of buffers each: (N, K) fp32, or (S,) where S weights are selected."""
+    """Both gradients of `masks`, a pair of buffers each: (N, K) fp32, or (S,) where S weights are selected.
+
+    reduction: sums them over ranks, where there are several; it has the buffers then.
+    """
 
     def __init__(self, masks: list[Mask]) -> None:
         self.masks = masks
+        self.reduction: Reduction | None = None
         self._buffers: list[list[Tensor | None]] = [[None] * len(masks) for _ in (TASK, GENERAL)]
         self._chained = [[False] * len(masks) for _ in (TASK, GENERAL)]
         self.clear()
@@ -56,6 +61,21 @@ class Gradients:
         sinks = {mask.scores: self._sink(side, i) for i, mask in enumerate(self.masks) if mask.selected is None}
         with rmt_kernels.weight_gradients_to(sinks):
             yield
+
+    def begin(self, side: int) -> None:
+        """Before the last pass of a step over `side`: what is complete in it may go to the other ranks."""
+        if self.reduction:
+            self.reduction.begin(side)
+
+    def end(self, side: int) -> None:
+        """After that pass, and after what autograd itself has returned."""
+        if self.reduction:
+            self.reduction.end(self._arrived[side])
+
+    def wait(self) -> None:
+        """Until all that was sent is the sum over ranks."""
+        if self.reduction:
+            self.reduction.wait()
 
     def buffers(self) -> list[Tensor]:
         """What is kept from step to step."""
@@ -100,14 +120,19 @@ class Gradients:
                 self._add(side, i, g)
                 return
             rmt_kernels.weight_grad_(self._buffer(side, i), g, x, accumulate=self._arrived[side][i])
-            self._arrived[side][i] = True
+            self._arrive(side, i)
 
         return take
 
     def _add(self, side: int, i: int, gradient: Tensor) -> None:
         buffer = self._buffer(side, i)
         buffer.add_(gradient) if self._arrived[side][i] else buffer.copy_(gradient)
+        self._arrive(side, i)
+
+    def _arrive(self, side: int, i: int) -> None:
         self._arrived[side][i] = True
+        if self.reduction:
+            self.reduction.handed(i)
 
     def _unchain(self, side: int, i: int) -> None:
         if self._arrived[side][i] and self._chained[side][i]:
@@ -119,5 +144,7 @@ class Gradients:
         if buffer is None or buffer.device != scores.device:
             # Never as an inference tensor: the next step must be able to write it.
             with torch.inference_mode(False):
-                buffer = self._buffers[side][i] = torch.empty_like(scores, requires_grad=False)
+                made = self.reduction.buffer(side, i) if self.reduction else None
+                buffer = torch.empty_like(scores, requires_grad=False) if made is None else made
+                self._buffers[side][i] = buffer
         return buffer

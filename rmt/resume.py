@@ -16,6 +16,7 @@ from torch import Tensor
 from .checkpoint import write_whole
 from .config import UserError, from_yaml, to_yaml
 from .optim import MaskAdam
+from .world import World
 
 VERSION = 2
 
@@ -27,13 +28,16 @@ class Resume:
         path: of the file.
         fingerprint: texts that say which run this is; a file with others is refused.
         every: seconds between two writings; 0 writes after every step.
+        world: the processes of the run. Rank 0 alone reads and writes, and tells the others what it has read: the file
+            needs to be seen by no other, and does not say how many ranks wrote it.
 
     Raises: UserError where the file is damaged or another run's.
     """
 
-    def __init__(self, path: str | Path, fingerprint: dict[str, str], every: float) -> None:
+    def __init__(self, path: str | Path, fingerprint: dict[str, str], every: float, world: World | None = None) -> None:
         self.path, self.fingerprint, self.every = Path(path), fingerprint, every
-        self._state = self._read()
+        self.world = world or World()
+        self._state = self.world.from_first(self._read)
         self._before = self._state["seconds"] if self._state else 0.0
         self._start = self._written = time.monotonic()
 
@@ -81,6 +85,8 @@ class Resume:
 
     def save(self, optimizer: MaskAdam, step: int, logged: list[Tensor], *, last: bool = False) -> None:
         """Writes the file, whole or not at all, if its time has come."""
+        if not self.world.first:
+            return
         if not last and time.monotonic() - self._written < self.every:
             return
         state = {

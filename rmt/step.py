@@ -22,26 +22,30 @@ class Step:
     Args:
         model: a masked model. text: (C, D) text features, or a `clip.Text` where the text tower has masks.
         optimizer: of the model's masks. config: a resolved one. seed: of the draws.
+        total: images of the whole batch, where this process has a share of it; None: those of the call.
     """
 
     def __init__(
-        self, model: nn.Module, text: Tensor | clip.Text, optimizer: MaskAdam, config: TrainConfig, *, seed: int
-    ) -> None:
+        self, model: nn.Module, text: Tensor | clip.Text, optimizer: MaskAdam, config: TrainConfig, *, seed: int,
+        total: int | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.text, self.optimizer, self.config, self.seed = model, text, optimizer, config, seed
+        self.total = total
         self.outputs: tuple[Tensor, ...] = ()
 
     def __call__(self, image: Tensor, label: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, teacher logits (B, C) and labels, before the update. Raises ValueError for scores that became NaN."""
         self.outputs = gradients(
-            self.model, self.text, image, label, self.optimizer, self.config, seed=self.seed, step=step
-        )
+            self.model, self.text, image, label, self.optimizer, self.config, seed=self.seed, step=step,
+            total=self.total,
+        )  # fmt: skip
         self.optimizer.step()
         return self.outputs
 
 
 def gradients(
     model: nn.Module, text: Tensor | clip.Text, image: Tensor, label: Tensor, optimizer: MaskAdam, config: TrainConfig,
-    *, seed: int | Tensor, step: int | Tensor, alike: bool | None = None,
+    *, seed: int | Tensor, step: int | Tensor, alike: bool | None = None, total: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One student forward, one teacher forward without a graph and two backward passes, into the optimizer's buffers.
 
@@ -51,7 +55,8 @@ def gradients(
     With `shortcuts` the general loss has its cotangent in closed form, and while every bit is on, so that student and
     teacher are one model, that is 0: one forward serves both, no pass carries the 0 through the network, and a step
     costs half, to the same bits. And the last block's tail runs for the class token alone (`rmt.tail`). Without, the
-    step is the official one op for op. `alike` says whether every bit is on; None: ask the masks.
+    step is the official one op for op. `alike` says whether every bit is on; None: ask the masks. `total` counts the
+    images of the whole batch where other processes have the rest: None, those here.
 
     Where `dropout` is a rival of the method's (`rmt.rivals`), one gradient takes the place of the two at the end.
     """
@@ -64,7 +69,7 @@ def gradients(
     for n, (x, y) in enumerate(parts):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         logits, teacher = both_logits(model, text, x, config, alike)
-        share = len(x) / len(image)
+        share = len(x) / (total or len(image))
         if alike:
             general = 0
         elif config.shortcuts:
