@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .config import MaskConfig, SelectConfig, TrainConfig, UserError
+from .world import launched
 
 SHORT = {
     field.name: f"{part}.{field.name}"
@@ -24,6 +25,7 @@ SHORT = {
 }
 LISTS = ("shots", "seeds", "methods", "mask.targets", "mask.towers", "mask.modules")
 TABLES = ("rates",)
+SHARED = ("train",)  # commands that several processes of torchrun may run together
 INTERRUPTED = 130
 
 
@@ -121,6 +123,8 @@ def _call(argv: list[str]) -> int:
         near = near or difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         hint = f": did you mean {' or '.join(near)}?" if near else f", one of {', '.join(COMMANDS)} is expected"
         raise UserError(f"there is no command {name!r}{hint}")
+    if name not in SHARED and launched():
+        raise UserError(f"torchrun's ranks can share only rmt {' and '.join(SHARED)}: start rmt {name} without it")
     command = COMMANDS[name]
     parser = command.parser(name)
     try:

@@ -142,7 +142,7 @@ def _json_option(parser: "ArgumentParser") -> None:
 
 
 COMMANDS = {
-    "train": Command("Tune masks on a few images a class.", runs.train_options, runs.train, run=True),
+    "train": Command("Tune masks on a few images a class.", runs.shared_train_options, runs.train, run=True),
     "eval": Command("Measure a finished run, or a task that was shared.", runs.eval_options, runs.evaluate),
     "b2n": Command("Base to new: tune on half of the classes, test on both.", runs.b2n_options, runs.b2n, run=True),
     "ablate": Command("Vary one part of the method at a time, and tabulate.",

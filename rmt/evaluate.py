@@ -22,6 +22,7 @@ from .masked import Mask
 from .measures import Accuracy, accuracy
 from .model import MaskModel, get_mask_model
 from .progress import progress
+from .world import World
 
 CONFIG_FILE, TASK_FOLDER, RESULT_FILE = "config.yaml", "task", "result.json"
 TEMPLATE = "a photo of a {}."
@@ -43,15 +44,24 @@ class Setup:
     config: RunConfig
     cache: Cache = field(default_factory=Cache)
 
-    def test(self, *, frozen: bool = False, part: str = "test") -> Accuracy:
-        """Of the images of one part, with the masks as they are or, frozen, without them: the zero-shot model."""
+    def test(self, *, frozen: bool = False, part: str = "test", world: World | None = None) -> Accuracy:
+        """Of the images of one part, with the masks as they are or, frozen, without them: the zero-shot model.
+
+        world: processes that measure a share of the images each; all of them get the counts over all images.
+        """
+        world = world or World()
         compute = clip.frozen_logits if frozen else clip.logits
         features = self.text.teacher() if frozen else self.text.features(grad=False)
         items, classes = getattr(self.split, part), len(self.split.classnames)
+        world.need(len(items), f"{part} images")
+        items = items[world.share(len(items))]
         batches = eval_batches(items, self.clip.preprocess, cache=self.cache)
         with progress("zero-shot" if frozen else "tuned", len(items)) as advance:
             watched = _watched(batches, advance)
-            return accuracy(lambda image: compute(self.clip.model, image, features), watched, classes, features.device)
+            found = world.together(
+                lambda: accuracy(lambda x: compute(self.clip.model, x, features), watched, classes, features.device)
+            )
+        return Accuracy(world.sum_(found.confusion), world.sum_(found.bins))
 
     @property
     def device(self) -> torch.device:

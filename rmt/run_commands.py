@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import CRITERIA, RunConfig, UserError, build
+from .world import WAIT_S, joined, launched
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -27,16 +28,29 @@ def train_options(parser: "ArgumentParser", seeds: list[int] | None = None) -> N
     add("--out", type=str, required=True, help="run folder; a run that was stopped there goes on")
 
 
+def shared_train_options(parser: "ArgumentParser") -> None:
+    """Of train, which several processes can share."""
+    train_options(parser)
+    group = parser.add_argument_group("of several processes, under torchrun")
+    add = group.add_argument
+    add("--reduce", type=Literal["fp32", "bf16"], default="fp32",
+        help="what gradients are summed in over ranks: bf16 for half the traffic")  # fmt: skip
+    add("--timeout", type=float, default=WAIT_S, help="seconds that a rank waits for the others in any one step")
+
+
 def train(args: "Namespace") -> None:
-    """One run, or a grid of them where there are several shots or seeds."""
+    """One run, or a grid of them where there are several shots or seeds; one run where several processes share it."""
     from .protocols import check_protocol, grid
     from .run import run
 
     check_protocol(args.protocol)
     config, shots = run_config(args), args.shots
     if args.seeds is None and not isinstance(shots, list):
-        run(config, args.out)
+        with joined(config.device, reduce=args.reduce, timeout=args.timeout) as world, world.quiet():
+            run(config, args.out, world=world)
         return
+    if launched():
+        raise UserError("torchrun shares one run among its ranks: give one number of shots and --seed, without --seeds")
     shots = shots if isinstance(shots, list) else [shots]
     report_failures(grid(config, args.out, shots, args.seeds or [config.seed]))
 

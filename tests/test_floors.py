@@ -26,6 +26,7 @@ FLOORS = {
     "rmt.schedule": 6,
     "rmt.evaluate": 6,
     "rmt.run": 6,
+    "rmt.agreement": 6,
     "rmt.plan": 6,
     "rmt.protocols": 7,
     "rmt.ablations": 7,

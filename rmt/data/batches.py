@@ -4,6 +4,7 @@ Everything random is a function of (seed, step) and of the image: batch 7 can be
 Threads are enough: Pillow lets go of the interpreter's lock while it decodes and resizes.
 """
 
+import hashlib
 import math
 import os
 import random
@@ -56,22 +57,25 @@ class TrainBatches:
     Args:
         size: (height, width) in pixels. mean, std: of the model's images. threads: that decode a batch.
         flip: mirror half of the images.
+        share: of the images of a batch, by their number: which of them a call gives; None: all. Each is the same, pixel
+            for pixel, whatever the share.
 
     Raises: UserError for an unreadable image, named: all are decoded once here, before any time is spent on training.
     """
 
     def __init__(
         self, items: Sequence[Item], size: tuple[int, int], mean: Sequence[float], std: Sequence[float],
-        batch: int, seed: int, threads: int = THREADS, flip: bool = True,
+        batch: int, seed: int, threads: int = THREADS, flip: bool = True, share: Callable[[int], slice] | None = None,
     ) -> None:  # fmt: skip
         if not items:
             raise UserError("training needs at least one image, got none")
         self.items, self.size, self.batch, self.seed = list(items), tuple(size), min(batch, len(items)), seed
         self.mean, self.std = (torch.tensor(t, dtype=torch.float32)[:, None, None] for t in (mean, std))
         self._cache, self._epoch, self._flip = Cache(), (-1, []), FLIP if flip else 0.0
+        self._share = share
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="rmt-train")
-        for _ in self._pool.map(self._check, self.items):
-            pass
+        # sha256 of the files' bytes and labels, in order.
+        self.sha256 = hashlib.sha256(b"".join(self._pool.map(self._check, self.items))).hexdigest()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,6 +85,7 @@ class TrainBatches:
         """Batch number `step`, counted from 0 over all epochs: image (B, 3, H, W) fp32, label (B,) int64."""
         epoch, place = divmod(step, self.steps_per_epoch)
         chosen = self._order(epoch)[place * self.batch : (place + 1) * self.batch]
+        chosen = chosen[self._share(len(chosen))] if self._share else chosen
         return self._batch(chosen, epoch)
 
     def _batch(self, chosen: Sequence[int], epoch: int) -> tuple[Tensor, Tensor]:
@@ -93,8 +98,10 @@ class TrainBatches:
         for start in range(0, len(self.items), batch):
             yield self._batch(range(start, min(start + batch, len(self.items))), epoch)
 
-    def _check(self, item: Item) -> None:
-        decode(self._cache.read(item.path), item.path)
+    def _check(self, item: Item) -> bytes:
+        data = self._cache.read(item.path)
+        decode(data, item.path)
+        return hashlib.sha256(data + str(item.label).encode()).digest()
 
     def _order(self, epoch: int) -> list[int]:
         """Kept for the calls of one epoch: shuffling a million images takes longer than a step."""
