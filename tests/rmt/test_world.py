@@ -1,0 +1,193 @@
+"""Two, three and four gloo processes share the steps of a tiny CLIP; and what they say when one of them is odd."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+import world_tools
+from world_tools import RANKS, STEPS, WAIT_S, scores, tuned
+
+import rmt
+from rmt.agreement import code_sha256
+from rmt.config import UserError
+from rmt.reduction import Reduction, _buckets
+from rmt.world import World, joined
+
+# Two runs of one arithmetic in another order: see test_train.py.
+CLOSE = 2e-6
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What the ranks of world_tools have written: {rank: {name: result}}, and the folder."""
+    folder = tmp_path_factory.mktemp("ranks")
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60))
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(rmt.__file__).parents[1]}:{HERE}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    command = [sys.executable, str(HERE / "world_tools.py"), str(folder)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    return {rank: torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)}, folder
+
+
+def clear_bits_agree(a, b, threshold=5e-3):
+    clear = ((a - threshold).abs() > 2 * CLOSE) & ((a - b).abs() <= CLOSE)
+    return torch.equal((a > threshold)[clear], (b > threshold)[clear])
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "bf16"])
+def test_ranks_that_share_a_batch_end_with_the_scores_of_one(done, name):
+    alone, ranks = tuned(name), [done[0][rank][name] for rank in range(STEPS[name][0])]
+    assert all(torch.equal(found["scores"], ranks[0]["scores"]) for found in ranks[1:]), "bit for bit"
+    got, want, before = ranks[0]["scores"], alone["scores"], scores(world_tools.masked(**STEPS[name][3]))
+    assert (want - before).abs().max() > 1e-3
+    assert ((got - want).abs() <= CLOSE).float().mean() > 0.999 and clear_bits_agree(got, want)
+    for found in ranks:
+        assert found["rows"] == ranks[0]["rows"] and len(found["rows"]) == 3
+    for mine, row in zip(alone["rows"], ranks[0]["rows"]):
+        assert row["batch_acc1"] == pytest.approx(mine["batch_acc1"])
+        assert (row["task"], row["general"]) == pytest.approx((mine["task"], mine["general"]), rel=1e-4, abs=1e-5)
+
+
+def test_bytes_that_travel_are_those_of_the_formula(done):
+    """Both gradients of every score in fp32, each step, and 24 + 16 bytes for each of the three logged rows."""
+    for name, width, steps in (("two", 4, 5), ("four", 4, 5), ("parts, uneven", 4, 5), ("bf16", 2, 5)):
+        found = done[0][0][name]
+        assert found["sent"] == 2 * sum(found["sizes"]) * width * steps + 3 * 40, name
+    # While all bits are on there is no general gradient.
+    found = done[0][0]["all on at first"]
+    assert 5 < (found["sent"] - 3 * 40) / (4 * sum(found["sizes"])) < 10
+
+
+def test_gradients_in_bf16_differ_by_its_rounding_and_not_between_ranks(done):
+    low, full = ([done[0][rank][name]["scores"] for rank in (0, 1)] for name in ("bf16", "two"))
+    assert torch.equal(low[0], low[1])
+    far = (low[0] - full[0]).abs()
+    assert far.max() > CLOSE and (far < 4e-4).float().mean() > 0.9
+
+
+def test_a_run_goes_on_on_another_number_of_ranks(done):
+    two, three = done[0][0]["resumed"], done[0][2]["resumed"]["three"]
+    assert (two["before"]["done"], two["two"]["done"], three["done"]) == (0, 3, 3)
+    unbroken = done[0][0]["two"]["scores"]
+    assert torch.equal(two["two"]["scores"], unbroken), "on as many ranks to the same bits"
+    assert torch.equal(three["scores"], two["three"]["scores"])
+    assert ((three["scores"] - unbroken).abs() <= CLOSE).float().mean() > 0.999
+
+
+def test_what_is_wrong_on_one_rank_is_said_on_every_one_in_time(done):
+    rows = [json.loads((done[1] / f"said{rank}.json").read_text()) for rank in range(RANKS)]
+    for name, part in {
+        "agree": "they differ in code (rank 0, 2: a; rank 1, 3: b)",
+        "together": "rank 1: no data on 1; rank 3: no data on 3",
+        "first": "a damaged file",
+        "need": "4 ranks share 3 images of a batch: start at most 3",
+        "apart": "the ranks' masks are no longer the same",
+        "graph": "graph captures the step of one process, got 4 ranks",
+        "NaN": "the loss must be finite, got nan",
+    }.items():
+        for rank, said in enumerate(rows):
+            assert part in said[name][0], (name, rank, said[name])
+            assert said[name][1] < 20, (name, rank, said[name])
+    # rank 1 slept through a time-out.
+    for rank in (0, 2, 3):
+        text, seconds = rows[rank]["silence"]
+        assert f"rank {rank} of 4 lost the others" in text and "last resume file" in text and seconds < 1.4 * WAIT_S
+    assert rows[1]["silence"][0] is None
+
+
+def test_shares_are_neighbours_that_cover_everything_once():
+    for count in range(12):
+        for size in range(1, 6):
+            parts = [list(range(count))[World(rank, size).share(count)] for rank in range(size)]
+            assert list(chain(*parts)) == list(range(count))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert World().share(7) == slice(0, 7)
+
+
+def test_buckets_hold_every_mask_once_from_the_last_to_the_first():
+    made = _buckets([100, 7, 40, 300], 4 * 150)
+    assert made == [{3: 0}, {2: 0, 1: 48}, {0: 0}], "a place is a multiple of a cache line"
+    assert [i for bucket in made for i in bucket] == [3, 2, 1, 0]
+
+
+class Watched(World):
+    """Two ranks of which the other has the same gradients: a sum doubles, at once."""
+
+    def start_sum_(self, tensor):
+        self.started = [*getattr(self, "started", []), tensor.numel()]
+        tensor.mul_(2)
+        return lambda: None
+
+
+def test_a_bucket_starts_when_its_products_have_handed_over_all_that_they_did_in_the_first_pass():
+    found = rmt.masks(world_tools.masked())
+    sizes = [mask.scores.numel() for mask in found]
+    world = Watched(0, 2)
+    reduction = Reduction(world, found, bucket=4 * max(sizes))
+    assert len(reduction.buckets) > 2
+    last, first = len(found) - 1, 0
+
+    def walk(counts):
+        reduction.begin(0)
+        for i in reversed(range(len(found))):
+            for _ in range(counts.get(i, 1)):
+                reduction.buffer(0, i).fill_(1.0)
+                reduction.handed(i)
+            yield i
+
+    counts = {first: 2, last: 3}
+    for _ in walk(counts):
+        assert not hasattr(world, "started"), "how many there will be is not known yet"
+    reduction.end([True] * len(found))
+    assert len(world.started) == len(reduction.buckets) and sum(world.started) == sum(sizes)
+    world.started = []
+    seen = [len(world.started) for _ in walk(counts)]
+    assert seen[-1] == len(reduction.buckets) and seen[0] < seen[len(seen) // 2] < seen[-1]
+    reduction.end([True] * len(found))
+    reduction.wait()
+    assert all(torch.equal(reduction.buffer(0, i), torch.full_like(m.scores, 2.0)) for i, m in enumerate(found))
+    with pytest.raises(RuntimeError, match="got a gradient after its sum over ranks had begun"):
+        list(walk(counts | {last: 4}))
+
+
+def test_alone_nothing_is_started(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("one process"))
+    with joined() as world:
+        assert world.alone and world.first and world.sum([1.5]) == [1.5] and world.alike(3)
+        assert world.from_first(lambda: 5) == world.together(lambda: 5) == 5
+        world.agree(lambda: pytest.fail("there is no one to compare with"))
+        world.need(0, "images")
+    assert world.sent == 0
+
+
+def test_a_rank_that_stays_away_and_a_device_by_number_are_refused_in_time(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UserError, match="rank 1 of 2 has not met the others at localhost:1 within 1 s"),
+        joined("cpu", start=1),
+    ):
+        pass
+    with pytest.raises(UserError, match="device must be auto, cpu or cuda under torchrun"), joined("cuda:1"):
+        pass
+
+
+def test_the_hash_of_the_code_sees_one_changed_line(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("x = 1\n")
+    before = code_sha256([package])
+    (package / "notes.txt").write_text("not code\n")
+    assert code_sha256([package]) == before
+    (package / "a.py").write_text("x = 2\n")
+    assert code_sha256([package]) != before

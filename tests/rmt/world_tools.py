@@ -1,0 +1,192 @@
+"""The processes of the tests of `rmt.world`: python world_tools.py FOLDER does what they all do, and writes what came.
+
+One process imports everything and forks the ranks: torch alone takes longer to import than the tests to run. The test
+that starts it holds their store, at a port that the system has picked.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from rmt import clip
+from rmt.config import MaskConfig, TrainConfig, UserError
+from rmt.masked import disabled, masks
+from rmt.masking import apply_masks
+from rmt.resume import Resume
+from rmt.select import select
+from rmt.train import tune
+from rmt.world import World, joined
+
+RANKS = 4
+WAIT_S = 4
+RATES = [4e-4] * 5
+RECIPE = TrainConfig(lr=4e-4, strength=1.0, log_every=2)
+TEXT = F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(7)), dim=-1)
+# name -> ranks, images of a batch, recipe, masks
+STEPS = {
+    "two": (2, 8, RECIPE, {}),
+    "three, uneven": (3, 8, RECIPE, {}),
+    "four": (4, 8, RECIPE, {}),
+    "parts, uneven": (2, 7, replace(RECIPE, accumulate=3), {}),
+    "one image has no part": (3, 7, replace(RECIPE, accumulate=3, shortcuts=False), {}),
+    "all on at first": (2, 8, replace(RECIPE, lr=2e-3), {"on": True}),
+    "selected": (2, 8, RECIPE, {"selected": True}),
+    "a rival": (2, 8, replace(RECIPE, dropout="sign"), {}),
+    "text tower": (2, 8, RECIPE, {"towers": ("image", "text")}),
+    "bf16": (2, 8, RECIPE, {"reduce": "bf16"}),
+}
+
+
+def batches(images, world):
+    def batch(step):
+        generator = torch.Generator().manual_seed(100 + step)
+        label = torch.arange(images) % 4
+        image = torch.randn(images, 3, 32, 32, generator=generator) * 0.5
+        image[torch.arange(images), label % 3] += 1 + label[:, None, None] // 3
+        mine = world.share(images)
+        return image[mine], label[mine]
+
+    return batch
+
+
+def masked(on=False, selected=False, towers=("image",), **_):
+    """A tiny model with masks of which two sevenths are off, or none."""
+    model = tiny.model()
+    config, chosen = MaskConfig(towers=towers), None
+    if selected:
+        chosen = select(model, [], criterion="magnitude", budget=0.3, config=config, loss=None)
+    for mask in apply_masks(model, config, chosen):
+        if not on:
+            with torch.no_grad():
+                draws = torch.rand(mask.scores.shape, generator=torch.Generator().manual_seed(3))
+                mask.scores.copy_(1e-2 - 7e-3 * draws)
+    return model
+
+
+def scores(model):
+    return torch.cat([mask.scores.detach().flatten() for mask in masks(model)])
+
+
+def tuned(name, world=None, rates=None, **options):
+    """Scores, logged rows and bytes sent after the steps of STEPS[name]; world None: alone."""
+    _, images, config, how = STEPS[name]
+    world, rows, model = world or World(), [], masked(**how)
+    world.sent, world.reduce = 0, how.get("reduce", "fp32")
+    rates = rates or [config.lr] * len(RATES)
+    text = TEXT
+    if "towers" in how:
+        tokens = torch.randint(1, 49000, (4, 16), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad(), disabled(model):
+            text = clip.Text(model, tokens, F.normalize(model.encode_text(tokens), dim=-1))
+    tune(model, text, batches(images, world), rates, config, log=rows.append, world=world, total=images, **options)
+    sizes = [mask.scores.numel() for mask in masks(model)]
+    return {"scores": scores(model), "rows": rows, "sent": world.sent, "sizes": sizes}
+
+
+def resumed(folder, worlds):
+    """Three steps on two ranks, the file of which two and three ranks go on from."""
+    found = {}
+    for name, ranks, count in (("before", 2, 3), ("two", 2, 5), ("three", 3, 5)):
+        world = worlds[ranks]
+        path = folder / ("last.pt" if ranks == 2 else "copy.pt")
+        if name == "two" and world and world.first:
+            (folder / "copy.pt").write_bytes(path.read_bytes())
+        if world:
+            resume = Resume(path, {"run": "a"}, 0, world)
+            found[name] = {"done": resume.steps_done, **tuned("two", world, RATES[:count], resume=resume)}
+        dist.barrier()
+    return found
+
+
+def failures(worlds):
+    """What each rank says of what only some of them have done wrong, and after how many seconds."""
+    world, said = worlds[RANKS], {}
+
+    def odd(fine, bad):
+        return bad if world.rank in (1, 3) else fine
+
+    def lost():
+        raise UserError(f"no data on {world.rank}")
+
+    def first():
+        if world.first:
+            raise UserError("a damaged file")
+        raise AssertionError("no work for other ranks")
+
+    for name, call in {
+        "agree": lambda: world.agree(lambda: {"code": odd("a", "b"), "config": "c"}),
+        "together": lambda: world.together(odd(lambda: 1, lost)),
+        "first": lambda: world.from_first(first),
+        "need": lambda: world.need(3, "images of a batch"),
+        "apart": lambda: tuned_apart(world),
+        "graph": lambda: tune(masked(), TEXT, None, [1.0], replace(RECIPE, graph=True), world=world),
+        "NaN": lambda: tuned_on_nan(world),
+        # The last: a group that has timed out is of no use any more.
+        "silence": lambda: time.sleep(1.5 * WAIT_S) if world.rank == 1 else world.sum([1.0]),
+    }.items():
+        start = time.monotonic()
+        try:
+            call()
+            text = None
+        except UserError as error:
+            text = str(error)
+        said[name] = [text, time.monotonic() - start]
+    return said
+
+
+def tuned_apart(world):
+    """One rank draws with another seed."""
+    tune(masked(), TEXT, batches(8, world), RATES[:2], RECIPE, seed=1 + (world.rank == 2), world=world, total=8)
+
+
+def tuned_on_nan(world):
+    """One rank's images are NaN."""
+
+    def bad(step):
+        image, label = batches(8, world)(step)
+        return image * (float("nan") if world.rank == 3 else 1), label
+
+    tune(masked(), TEXT, bad, RATES[:2], replace(RECIPE, log_every=1), world=world, total=8)
+
+
+def rank_main(rank, folder):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    torch.set_num_threads(1)
+    with joined("cpu", start=60, timeout=WAIT_S) as everyone:
+        groups = {n: dist.new_group(list(range(n))) for n in (2, 3)}
+        worlds = {n: World(rank, n, group=group) if rank < n else None for n, group in groups.items()}
+        worlds[RANKS] = everyone
+        found = {name: tuned(name, worlds[row[0]]) for name, row in STEPS.items() if worlds[row[0]]}
+        found["resumed"] = resumed(folder, worlds)
+        torch.save(found, folder / f"rank{rank}.pt")
+        dist.barrier()
+        (folder / f"said{rank}.json").write_text(json.dumps(failures({RANKS: everyone})))
+
+
+def main(folder):
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                rank_main(rank, Path(folder))
+                code = 0
+            except BaseException as error:
+                print(f"rank {rank}: {error!r}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(code)
+        children.append(child)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
