@@ -14,7 +14,10 @@ would bring, buckets that are reduced while the pass goes on, is `rmt.reduction`
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,7 +43,6 @@ class World:
     Args:
         rank, size: of `size` processes this is number `rank`, from 0.
         reduce: what gradients are summed in, fp32 or bf16, the latter for half the traffic.
-        zero: each rank keeps Adam's moments, and updates, of a part of the masks alone: see `rmt.zero`.
         sent: bytes of the tensors that this rank has handed to collectives so far; what is told at the start of a run,
             and a resume file that is handed round, are not counted.
     """
@@ -48,7 +50,6 @@ class World:
     rank: int = 0
     size: int = 1
     reduce: str = "fp32"
-    zero: bool = False
     sent: int = 0
     group: Any = dataclasses.field(default=None, repr=False)
 
@@ -208,14 +209,14 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def joined(
-    device: str = "auto", *, reduce: str = "fp32", zero: bool = False, start: float = START_S, timeout: float = WAIT_S
+    device: str = "auto", *, reduce: str = "fp32", start: float = START_S, timeout: float = WAIT_S
 ) -> Iterator[World]:
     """Inside, this process is one of those that torchrun has started; without torchrun it is alone.
 
     gloo carries tensors of the CPU, nccl those of CUDA devices, of which rank r of a machine takes number LOCAL_RANK.
 
     Args:
-        device: a run's: auto, cpu or cuda. reduce, zero: see World.
+        device: a run's: auto, cpu or cuda. reduce: see World.
         start, timeout: seconds to wait for the others, until all are there and then in any one call.
 
     Raises: UserError for a device that torchrun's ranks cannot share, for too few of them, where ranks are missing
@@ -230,8 +231,14 @@ def joined(
         raise UserError(f"timeout must be a number of seconds above 0, got {timeout!r}")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = _backend(device)
+    from torch.distributed.rendezvous import rendezvous
+
+    limit = timedelta(seconds=start)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=start))
+        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        store.set_timeout(limit)
+        fresh = dist.PrefixStore(f"rmt/{_meet(store, rank, size, start)}", store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=limit)
         # A time-out belongs to a group: a short one to meet, another to work.
         group = dist.new_group(timeout=timedelta(seconds=timeout), backend=backend)
     except (RuntimeError, ValueError) as error:
@@ -240,9 +247,33 @@ def joined(
             f"within {start:g} s: {error}"
         ) from error
     try:
-        yield World(rank, size, reduce, zero, group=group)
+        yield World(rank, size, reduce, group=group)
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: Any, rank: int, size: int, seconds: float) -> str:
+    """A name for this start of all ranks, which no earlier one has had. Raises RuntimeError where not all are there.
+
+    torchrun keeps its store when it restarts ranks that died, and gloo would find the dead ones' addresses there. So
+    each rank brings a number of its own, rank 0 offers what it has read, and an offer holds once all have found their
+    own number in it.
+    """
+    mine, until = uuid.uuid4().hex, time.monotonic() + seconds
+    store.set(f"rmt/number/{rank}", mine)
+    while time.monotonic() < until:
+        if rank == 0:
+            offer = " ".join(store.get(f"rmt/number/{r}").decode() for r in range(size))
+            store.set("rmt/offer", offer)
+        else:
+            offer = store.get("rmt/offer").decode()
+        if offer.split()[rank : rank + 1] == [mine]:
+            name = hashlib.sha256(offer.encode()).hexdigest()
+            store.set(f"rmt/{name}/{rank}", "here")
+            if store.check([f"rmt/{name}/{r}" for r in range(size)]):
+                return name
+        time.sleep(0.02)
+    raise RuntimeError("some rank has not been started, or has ended")
 
 
 def _backend(device: str) -> str:
