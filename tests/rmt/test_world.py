@@ -4,37 +4,54 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import world_tools
 from world_tools import RANKS, STEPS, WAIT_S, scores, tuned
 
 import rmt
 from rmt.agreement import code_sha256
-from rmt.config import UserError
+from rmt.cli import main
+from rmt.config import RunConfig, TrainConfig, UserError, to_yaml
 from rmt.reduction import Reduction, _buckets
-from rmt.world import World, joined
+from rmt.run import run
+from rmt.world import World, _meet, joined
 
 # Two runs of one arithmetic in another order: see test_train.py.
 CLOSE = 2e-6
 HERE = Path(__file__).parent
 
 
+def environment(**more):
+    return os.environ | {"PYTHONPATH": f"{Path(rmt.__file__).parents[1]}:{HERE}", "OMP_NUM_THREADS": "1"} | more
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def config(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    tiny.splits(root / "data")
+    recipe = TrainConfig(lr=1.5e-3, steps=8, batch=7, strength=1.0, log_every=2, save_every=0)
+    return RunConfig(tiny.model_folder(root / "model"), data=str(root / "data"), shots=4, device="cpu", train=recipe)
+
+
+@pytest.fixture(scope="module")
+def done(config, tmp_path_factory):
     """What the ranks of world_tools have written: {rank: {name: result}}, and the folder."""
     folder = tmp_path_factory.mktemp("ranks")
+    (folder / "config.yaml").write_text(to_yaml(config))
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60))
-    environment = os.environ | {
-        "PYTHONPATH": f"{Path(rmt.__file__).parents[1]}:{HERE}", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-    }  # fmt: skip
+    where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     command = [sys.executable, str(HERE / "world_tools.py"), str(folder)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    ended = subprocess.run(command, env=environment(**where), capture_output=True, text=True, timeout=240)
+    # The last rank ends in the middle of a step, as it is told to, before it can write what it says.
     assert ended.returncode == 0, ended.stderr
     return {rank: torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)}, folder
 
@@ -85,7 +102,7 @@ def test_a_run_goes_on_on_another_number_of_ranks(done):
 
 
 def test_what_is_wrong_on_one_rank_is_said_on_every_one_in_time(done):
-    rows = [json.loads((done[1] / f"said{rank}.json").read_text()) for rank in range(RANKS)]
+    rows = [json.loads((done[1] / f"said{rank}.json").read_text()) for rank in range(RANKS - 1)]
     for name, part in {
         "agree": "they differ in code (rank 0, 2: a; rank 1, 3: b)",
         "together": "rank 1: no data on 1; rank 3: no data on 3",
@@ -99,10 +116,77 @@ def test_what_is_wrong_on_one_rank_is_said_on_every_one_in_time(done):
             assert part in said[name][0], (name, rank, said[name])
             assert said[name][1] < 20, (name, rank, said[name])
     # rank 1 slept through a time-out.
-    for rank in (0, 2, 3):
+    for rank in (0, 2):
         text, seconds = rows[rank]["silence"]
         assert f"rank {rank} of 4 lost the others" in text and "last resume file" in text and seconds < 1.4 * WAIT_S
     assert rows[1]["silence"][0] is None
+    for rank, said in enumerate(rows):
+        assert f"rank {rank} of 4 lost the others" in said["lost"][0] and said["lost"][1] < 20
+    assert torch.load(done[1] / "lost.pt", weights_only=True)["step"] == 2, "whole, of the step before"
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_of_two_ranks_is_that_of_one(config, done, tmp_path):
+    alone, two = run(config, tmp_path / "run"), json.loads((done[1] / "run" / "result.json").read_text())
+    assert (alone["ranks"], two["ranks"]) == (1, 2)
+    for name in ("zero_shot", "metrics"):
+        assert two[name]["acc1"] == alone[name]["acc1"]
+    assert alone["off"] > 0 and two["off"] == pytest.approx(alone["off"], abs=10)
+    assert two["indices_sha256"] == alone["indices_sha256"] and two["base_sha256"] == alone["base_sha256"]
+    assert (done[1] / "run" / "config.yaml").read_text() == (tmp_path / "run" / "config.yaml").read_text()
+    for a, b in zip(rows(tmp_path / "run"), rows(done[1] / "run")):
+        assert (a["step"], a["lr"], a["batch_acc1"]) == (b["step"], b["lr"], pytest.approx(b["batch_acc1"]))
+        assert a["task"] == pytest.approx(b["task"], rel=1e-4)
+
+
+KILL = """
+import os, signal
+if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    from rmt.reduction import Reduction
+
+    end, calls = Reduction.end, []
+
+    def last(self, arrived):
+        calls.append(end(self, arrived))
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reduction.end = last
+"""
+
+
+def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_ends_with_the_same_bits(config, done, tmp_path):
+    """SIGKILL in the middle of a step, its gradients on their way; through the command line."""
+    (tmp_path / "sitecustomize.py").write_text(KILL)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "-m", "rmt", "train", "--config", str(tmp_path / "config.yaml")]
+    command += ["--out", str(tmp_path / "run"), "--timeout", "60"]
+    where = environment()
+    where["PYTHONPATH"] = f"{tmp_path}:{where['PYTHONPATH']}"
+    ended = subprocess.run(command, env=where, capture_output=True, text=True, timeout=180, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = ended.stdout
+    assert "Signal 9 (SIGKILL)" in ended.stderr + said or "exitcode: -9" in ended.stderr + said
+    assert said.count("resume     from step") == 1 and said.count("\nzero-shot") == 2, "rank 0 alone prints"
+    want, got = (torch.load(out / "last.pt", weights_only=True) for out in (done[1] / "run", tmp_path / "run"))
+    assert all(torch.equal(want["scores"][key], got["scores"][key]) for key in want["scores"])
+    assert rows(tmp_path / "run") == rows(done[1] / "run")
+    assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")][1:]
+
+
+def test_what_ranks_cannot_share_is_refused_before_it_starts(config, monkeypatch, capsys, tmp_path):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    asked = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    assert main(["b2n", *asked]) == 2 and "can share only rmt train: start rmt b2n" in capsys.readouterr().err
+    assert main(["train", *asked, "--seeds", "1", "2"]) == 2 and "torchrun shares one run" in capsys.readouterr().err
+    assert main(["train", *asked, "--timeout", "0"]) == 2 and "timeout must be a number" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_shares_are_neighbours_that_cover_everything_once():
@@ -180,6 +264,25 @@ def test_a_rank_that_stays_away_and_a_device_by_number_are_refused_in_time(monke
         pass
     with pytest.raises(UserError, match="device must be auto, cpu or cuda under torchrun"), joined("cuda:1"):
         pass
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_start_again_in_an_old_store_do_not_take_what_the_dead_have_left(late):
+    store = torch.distributed.HashStore()
+
+    def start(rank):
+        time.sleep(0.1 * (rank == late))
+        return _meet(store, rank, 3, 20)
+
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = set(pool.map(start, range(3)))
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+    with pytest.raises(RuntimeError, match="some rank has not been started"):
+        _meet(store, 0, 3, 0.1)
 
 
 def test_the_hash_of_the_code_sees_one_changed_line(tmp_path):

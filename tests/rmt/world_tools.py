@@ -17,10 +17,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from rmt import clip
-from rmt.config import MaskConfig, TrainConfig, UserError
+from rmt.config import MaskConfig, TrainConfig, UserError, from_yaml
 from rmt.masked import disabled, masks
 from rmt.masking import apply_masks
+from rmt.reduction import Reduction
 from rmt.resume import Resume
+from rmt.run import run
 from rmt.select import select
 from rmt.train import tune
 from rmt.world import World, joined
@@ -106,7 +108,7 @@ def resumed(folder, worlds):
     return found
 
 
-def failures(worlds):
+def failures(worlds, folder):
     """What each rank says of what only some of them have done wrong, and after how many seconds."""
     world, said = worlds[RANKS], {}
 
@@ -129,8 +131,9 @@ def failures(worlds):
         "apart": lambda: tuned_apart(world),
         "graph": lambda: tune(masked(), TEXT, None, [1.0], replace(RECIPE, graph=True), world=world),
         "NaN": lambda: tuned_on_nan(world),
-        # The last: a group that has timed out is of no use any more.
+        # A group that has timed out, or lost a rank, is of no use any more: the last two have one each.
         "silence": lambda: time.sleep(1.5 * WAIT_S) if world.rank == 1 else world.sum([1.0]),
+        "lost": lambda: tuned_while_one_ends(worlds["spare"], folder),
     }.items():
         start = time.monotonic()
         try:
@@ -157,18 +160,36 @@ def tuned_on_nan(world):
     tune(masked(), TEXT, bad, RATES[:2], replace(RECIPE, log_every=1), world=world, total=8)
 
 
+def tuned_while_one_ends(world, folder):
+    """The last rank ends in the middle of the third step, its task gradients on their way."""
+    if world.rank == RANKS - 1:
+        end, calls = Reduction.end, []
+
+        def last(self, arrived):
+            calls.append(end(self, arrived))
+            if len(calls) == 5:
+                os._exit(0)
+
+        Reduction.end = last
+    resume = Resume(folder / "lost.pt", {}, 0, world)
+    tune(masked(), TEXT, batches(8, world), RATES, RECIPE, world=world, total=8, resume=resume)
+
+
 def rank_main(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     torch.set_num_threads(1)
     with joined("cpu", start=60, timeout=WAIT_S) as everyone:
         groups = {n: dist.new_group(list(range(n))) for n in (2, 3)}
         worlds = {n: World(rank, n, group=group) if rank < n else None for n, group in groups.items()}
-        worlds[RANKS] = everyone
+        worlds |= {RANKS: everyone, "spare": World(rank, RANKS, group=dist.new_group())}
         found = {name: tuned(name, worlds[row[0]]) for name, row in STEPS.items() if worlds[row[0]]}
         found["resumed"] = resumed(folder, worlds)
+        if worlds[2]:
+            with worlds[2].quiet():
+                run(from_yaml((folder / "config.yaml").read_text()), folder / "run", world=worlds[2])
         torch.save(found, folder / f"rank{rank}.pt")
         dist.barrier()
-        (folder / f"said{rank}.json").write_text(json.dumps(failures({RANKS: everyone})))
+        (folder / f"said{rank}.json").write_text(json.dumps(failures(worlds, folder)))
 
 
 def main(folder):
