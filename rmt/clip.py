@@ -53,6 +53,10 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device must be auto, cpu or a device of this machine, got {name!r}: {error}") from error
 
 
+# Models that this process was handed in place of files: what `load` is asked for -> makes a new Clip on a device.
+HANDED: dict[tuple[str, str | None, int | None], Callable[[torch.device], Clip]] = {}
+
+
 def load(name: str, pretrained: str | None, image_size: int | None, device: torch.device) -> Clip:
     """Loads `local-dir:PATH`, `hf-hub:ID` or an open_clip name with a pretrained tag or file. fp32, as R-AMT.
 
@@ -61,6 +65,8 @@ def load(name: str, pretrained: str | None, image_size: int | None, device: torc
 
     Raises: UserError where open_clip cannot load it, or would build it with another activation than OpenAI's weights.
     """
+    if (handed := HANDED.get((name, pretrained, image_size))) is not None:
+        return handed(device)
     options = {"force_image_size": image_size, "device": device}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -14,6 +14,7 @@ from . import plan_command as planning
 from . import route_command as routing
 from . import run_commands as runs
 from . import share_commands as share
+from . import sweep_command as sweeping
 from . import task_commands as tasks
 from .config import MaskConfig, RunConfig, SelectConfig, TrainConfig, UserError
 from .hub_id import is_id
@@ -150,6 +151,8 @@ COMMANDS = {
     "xd": Command("Measure a run's masks on other data sets.", runs.xd_options, runs.xd),
     "compare": Command("Mask tuning beside its peers, and on top of them: one sample, one table.",
                        comparing.options, comparing.compare, run=True),
+    "sweep": Command("Many runs from one YAML file: here, on a Ray cluster, or on SLURM.",
+                     sweeping.options, sweeping.command),
     "plan": Command("What a training step needs: memory, FLOPs, its floor on a device.",
                     planning.options, planning.command),
     "select": Command("Show which weights a criterion would select.", runs.no_options, runs.select, run=True),

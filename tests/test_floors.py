@@ -48,6 +48,8 @@ FLOORS = {
     "rmt.plan_command": 7,
     "rmt.route_command": 7,
     "rmt.compare_command": 7,
+    "rmt.sweep": 7,
+    "rmt.sweep_command": 7,
     "rmt.peers": 7,
     "rmt.serve": 7,
     "rmt.failures": 7,

@@ -47,8 +47,14 @@ def decode(source: str | bytes, path: str) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image: {why}") from error
 
 
+# Files whose bytes this process was handed in place of a disk, by path.
+HANDED: dict[str, memoryview] = {}
+
+
 def read_bytes(path: str) -> bytes:
     """A file's bytes. Raises UserError that names the file where it cannot be read."""
+    if (handed := HANDED.get(path)) is not None:
+        return bytes(handed)
     try:
         return Path(path).read_bytes()
     except OSError as error:
