@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import compare_figures, report_parts, table_figures
+from . import compare_figures, report_parts, report_sweep, table_figures
 from .report import Best, Figure, Section, Table, read_metrics, report_tasks, run_sections, write_report
 from .report_data import Found, Missing, Shots, find, shots_order
 from .report_means import COSTS, ZERO, Curves, Point, all_shots, average, costs, per_panel, ranked, seeds
@@ -25,7 +25,7 @@ def report(paths: Sequence[str | Path], out: str | Path, command: str = "") -> P
     found = find(paths)
     if not found.tables and not found.missing:
         return report_tasks(found.ordinary, out, command)
-    sections = [*_compared(found), *report_parts.tables(found)]
+    sections = [*_compared(found), *report_sweep.sections(found.sweeps), *report_parts.tables(found)]
     for folder in [path for path in found.ordinary if Path(path, "result.json").is_file()][:RUNS]:
         name = Path(folder).name
         of_run = run_sections(folder, {name: read_metrics(folder)})
@@ -53,7 +53,12 @@ def _lead(found: Found) -> str:
             "measured on the test images from what the method stored, all methods of a data set, number of shots and "
             "seed on the same training images"
         )
-    for name, some in (("grid", found.grids), ("base-to-new table", found.halves), ("ablation", found.ablations)):
+    for name, some in (
+        ("grid", found.grids),
+        ("base-to-new table", found.halves),
+        ("ablation", found.ablations),
+        ("sweep", found.sweeps),
+    ):
         if some:
             parts.append(_count(len(some), name))
     if found.missing:

@@ -17,6 +17,7 @@ from .evaluate import RESULT_FILE, TASK_FOLDER
 from .peers.cells import FIT_FILE
 from .peers.compare import TABLE_FILE as COMPARE_FILE
 from .protocols import TABLE_FILE
+from .report_sweep import Sweep, panel_of, read_sweep, with_settings
 
 ABLATION_FILE = "ablation.json"
 # Below a path that was given: OUT/{data set}/{method}/{cell} is three, one more for a folder of several such.
@@ -80,13 +81,14 @@ class Found:
     grids: list[Table] = field(default_factory=list)
     halves: list[Table] = field(default_factory=list)
     ablations: list[Table] = field(default_factory=list)
+    sweeps: list[Sweep] = field(default_factory=list)
     ordinary: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
 
     @property
     def tables(self) -> bool:
         """Whether there is more than ordinary runs and tasks."""
-        return bool(self.cells or self.grids or self.halves or self.ablations)
+        return bool(self.cells or self.grids or self.halves or self.ablations or self.sweeps)
 
 
 def find(paths: Sequence[str | Path]) -> Found:
@@ -122,7 +124,8 @@ def shots_order(shots: Shots) -> tuple[bool, int]:
 
 
 def _size(found: Found) -> int:
-    return sum(map(len, (found.cells, found.missing, found.grids, found.halves, found.ablations, found.ordinary)))
+    kinds = (found.cells, found.missing, found.grids, found.halves, found.ablations, found.sweeps, found.ordinary)
+    return sum(map(len, kinds))
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -137,6 +140,9 @@ def _folders(top: Path) -> Iterator[Path]:
         whole = any((folder / name).is_file() for name in (RESULT_FILE, TABLE_FILE, MASK_FILE))
         if depth == DEPTH or whole:
             continue
+        if (sweep := read_sweep(folder)) is not None:
+            waiting += [(path, DEPTH) for path in reversed(sweep.cells())]
+            continue
         below = [Path(e.path) for e in os.scandir(folder) if e.is_dir(follow_symlinks=False) and e.name[0] != "."]
         waiting += [(path, depth + 1) for path in sorted(below, reverse=True) if path.name != TASK_FOLDER]
 
@@ -145,7 +151,13 @@ def _folder(folder: Path, given: str, found: Found, unfinished: list) -> None:
     for path in (folder / COMPARE_FILE, folder / ABLATION_FILE):
         if path.is_file():
             _file(path, found)
-    if (folder / RESULT_FILE).is_file():
+    if (sweep := read_sweep(folder)) is not None:
+        found.sweeps.append(sweep)
+        found.missing += [
+            Missing(with_settings(r["dataset"], r["settings"]), r["method"], r["shots"], r["seed"], r["why"])
+            for r in sweep.failed_cells()
+        ]
+    elif (folder / RESULT_FILE).is_file():
         _file(folder / RESULT_FILE, found, given)
     elif (folder / TABLE_FILE).is_file():
         _file(folder / TABLE_FILE, found)
@@ -197,7 +209,8 @@ def _cell(result: dict, path: Path, folder: Path | None) -> Cell:
             raise UserError(f"{path} is damaged: {key} of a cell is {result.get(key)!r:.80}")
     if not isinstance(result["metrics"].get("acc1"), int | float):
         raise UserError(f"{path} is damaged: a cell has no accuracy, metrics are {result['metrics']!r:.80}")
-    return Cell(result["dataset"], result["method"], result["shots"], result["seed"], result, path, folder)
+    panel = panel_of(result["dataset"], path)
+    return Cell(panel, result["method"], result["shots"], result["seed"], result, path, folder)
 
 
 def _absent(content: dict, path: Path, panel: str) -> list[Missing]:

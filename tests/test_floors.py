@@ -38,6 +38,7 @@ FLOORS = {
     "rmt.report_means": 7,
     "rmt.report_parts": 7,
     "rmt.report_recipes": 7,
+    "rmt.report_sweep": 7,
     "rmt.report_compare": 7,
     "rmt.compare_figures": 7,
     "rmt.table_figures": 7,

@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..config import RunConfig, UserError, resolve
 from ..files import write_json
@@ -127,11 +128,20 @@ def _file_sha256(path: str) -> str:
     return made.hexdigest()
 
 
+def _plain(value: Any) -> Any:
+    """1.0 as 1: a config may be written with either."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def identify(run: Run, contents: Contents) -> dict[str, str]:
     """The parts of a run's identity, by name, and the whole of them as `id`. Raises UserError."""
     options = run.options and dataclasses.asdict(run.options)
     parts = {
-        "config": digest([dataclasses.asdict(resolve(run.config)), run.method, options]),
+        "config": digest(_plain([dataclasses.asdict(resolve(run.config)), run.method, options])),
         "data": contents.of_data(run.config), "model": contents.of_model(run.config), "code": code_sha256(),
     }  # fmt: skip
     return {"id": digest(parts), **parts}

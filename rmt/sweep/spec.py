@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import itertools
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -90,6 +91,10 @@ def expand(values: Any) -> list[Run]:
     for name in settings:
         if name in ("data", "root", "dataset", "shots", "seed"):
             raise UserError(f"settings cannot vary {name}: datasets, shots and seeds have lists of their own")
+    stems = [Path(str(path)).stem for path in lists["datasets"]]
+    if "root" not in base and len(set(stems)) < len(stems):
+        same = max(set(stems), key=stems.count)
+        raise UserError(f"datasets must differ in their last names, by which results go: {same!r} is there twice")
     options, methods = _options(values, lists["methods"])
     axes = [lists["datasets"], *settings.values(), methods, lists["shots"], lists["seeds"]]
     count = 1
@@ -131,9 +136,11 @@ def _list(values: dict, name: str) -> list:
 def _values(found: Any, where: str) -> list:
     if not isinstance(found, list) or not found:
         raise UserError(f"{where} must be a list of at least one value, got {found!r:.80}")
-    for place, value in enumerate(found):
-        if value in found[:place] and type(value) is type(found[found.index(value)]):
+    seen = set()
+    for value in found:
+        if (text := json.dumps(value, default=str)) in seen:
             raise UserError(f"{where} must name each value once, got {value!r} twice")
+        seen.add(text)
     return found
 
 
