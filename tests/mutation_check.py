@@ -63,6 +63,7 @@ TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 WORLD = ["tests/rmt/test_world.py", "-k", "shares_are or bucket or old_store"]
 RANKS = ["tests/rmt/test_world.py", "-k", "end_with_the_scores_of_one"]
 CAPTIONS = ["tests/rmt/test_routing_captions.py"]
+SWEEP = ["tests/rmt/test_sweep.py", "-k", "identity or added_once or two_sweeps or handed"]
 ROUTING_HF = ["tests/rmt/test_routing_command_hf.py"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
@@ -72,6 +73,13 @@ MUTATIONS = [
     ("a bucket leaves before its last gradient", "rmt/reduction.py", "self._counts[i] == self._expected[self._side][i]",
      "self._counts[i] >= 1", WORLD),
     ("a rank's loss weighs as if it had the whole batch", "rmt/step.py", "(total or len(image))", "len(image)", RANKS),
+    ("sweep: a run has two rows", "rmt/sweep/table.py", 'if row["id"] in self.rows:', "if not row:", SWEEP),
+    ("sweep: a run is the same on other data", "rmt/sweep/identity.py", '"data": contents.of_data(run.config)',
+     '"data": ""', SWEEP),
+    ("sweep: a lock of a number that was given anew", "rmt/sweep/lock.py",
+     'if here and _started(pid) != other.get("started"):', "if here and _started(pid) is None:", SWEEP),
+    ("sweep: a handed model is read all the same", "rmt/sweep/share.py", "clip.HANDED[model.key] =",
+     "clip.HANDED[None] =", SWEEP),
     ("routing: a recomputed block takes what is current", "rmt/routing/context.py", "visual = self._marked(x)", "pass",
      ROUTING),
     ("routing: folded without its function", "rmt/routing/fold.py", "up @ (m @ down_t)",

@@ -45,6 +45,7 @@ def outcomes(
     ray, own = _connected(address)
     try:
         nodes = _fitting(ray, cpus, gpus)
+        _need_choice(nodes, jobs, gpus)
         _need_nodes(ray, nodes, jobs, out)
         models, files = _put_all(ray, nodes, jobs)
         yield from _run(ray, jobs, models, files, workers=workers, retries=retries, cpus=cpus, gpus=gpus)
@@ -79,6 +80,16 @@ def _fitting(ray, cpus: float, gpus: float) -> list[dict]:
             f"no node of the cluster has {cpus:g} CPU and {gpus:g} GPU for a run, they have {have or 'none'}"
         )
     return nodes
+
+
+def _need_choice(nodes: Sequence[dict], jobs: Sequence[Job], gpus: float) -> None:
+    """Raises UserError where GPUs are there, nobody said how much of one a run takes, and runs would take any."""
+    if (
+        gpus == 0
+        and any(n["Resources"].get("GPU", 0) for n in nodes)
+        and any(job.run.config.device != "cpu" for job in jobs)
+    ):
+        raise UserError("the cluster has GPUs: --gpus must say what a run takes, such as 1 or 0.25, or device be cpu")
 
 
 def _name(node: dict) -> str:

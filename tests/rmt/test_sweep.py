@@ -15,9 +15,10 @@ import tiny
 import yaml
 
 from rmt import clip
+from rmt.cli import main
 from rmt.config import UserError
 from rmt.report_compare import report
-from rmt.sweep import identity, local, share, work
+from rmt.sweep import identity, local, lock, share, work
 from rmt.sweep.drive import Engine, planned, sweep
 from rmt.sweep.identity import Contents, identify
 from rmt.sweep.jobs import Job
@@ -167,6 +168,40 @@ def test_two_workers_one_killed_and_nothing_twice(files, tmp_path):
     assert "resume     from step" in (tmp_path / "runs" / killed[0] / "log.txt").read_text()
 
 
+def test_a_killed_sweep_leaves_no_worker_and_goes_on(files, tmp_path, here, capsys):
+    """SIGKILL to the driver: its worker ends too, and the same sweep takes lock and resume file over."""
+    values = files[1] | {"seeds": [1]}
+    values["base"] = values["base"] | {"train": values["base"]["train"] | {"steps": 150}}
+    spec, out = spec_file(tmp_path, values), tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": str(Path(clip.__file__).parents[1])}
+    command = [sys.executable, "-m", "rmt.cli", "sweep", str(spec), "--out", str(out), "--workers", "1"]
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 100
+    while not (found := list(out.glob("runs/*/last.pt"))):
+        assert driver.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    pid = json.loads((found[0].parent / "state.json").read_text())["pid"]
+    while lock._started(pid) is not None:
+        assert time.monotonic() < until, "the worker outlives its driver"
+        time.sleep(0.02)
+    assert [state for _, state in planned(spec, out)] == ["started"]
+    (row,) = sweep(spec, out)
+    assert row["status"] == "done" and row["attempt"] == 2 and rows(out) == [row]
+    assert f"was of process {driver.pid}, which is dead: taken over" in capsys.readouterr().out
+    assert "resume     from step" in (found[0].parent / "log.txt").read_text()
+
+
+def test_the_command(files, finished, tmp_path, capsys):
+    out = finished[0]
+    assert main(["sweep", str(out / "sweep.yaml"), "--out", str(out), "--dry-run"]) == 0
+    assert "finished  data train shots2 seed1" in (said := capsys.readouterr().out) and "2 runs, 2 finished" in said
+    bad = spec_file(tmp_path, files[1] | {"shots": [0]})
+    assert main(["sweep", str(bad), "--out", str(tmp_path / "out")]) == 2
+    assert f"rmt: error: {bad}: shots must be an integer" in capsys.readouterr().err
+
+
 def test_a_run_that_always_dies_fails_alone(files, tmp_path, monkeypatch):
     """With no retry left its row says how it died; the other runs are done."""
     job = Job.make(expand(files[1])[0], identify(expand(files[1])[0], Contents(tmp_path)), tmp_path)
@@ -250,7 +285,7 @@ def lock_of(folder: Path, **changed) -> Path:
 
 
 def test_two_sweeps_in_one_folder(tmp_path, capsys):
-    with locked(tmp_path) as lock:
+    with locked(tmp_path) as held:
         with (
             pytest.raises(
                 UserError, match=rf"another sweep is at work.*process {os.getpid()} on {socket.gethostname()}"
@@ -259,10 +294,10 @@ def test_two_sweeps_in_one_folder(tmp_path, capsys):
         ):
             pytest.fail("two sweeps hold one lock")
         assert (tmp_path / LOCK_FILE).is_file(), "who is refused takes no lock away"
-        lock.owner["beat"] -= 60
+        held.owner["beat"] -= 60
         (tmp_path / LOCK_FILE).unlink()
         with pytest.raises(UserError, match="is not this sweep's any more"):
-            lock.beat()
+            held.beat()
     # Dead: a process that ended, and a number that another process has now.
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()

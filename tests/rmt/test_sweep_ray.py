@@ -123,6 +123,15 @@ def test_how_many_runs_fit():
         engine._fitting(ray, 8, 0)
 
 
+def test_gpus_are_never_taken_or_left_in_silence():
+    nodes, run = [{"Resources": {"CPU": 4.0, "GPU": 2.0}}], SimpleNamespace(config=SimpleNamespace(device="auto"))
+    with pytest.raises(UserError, match="the cluster has GPUs: --gpus must say"):
+        engine._need_choice(nodes, [SimpleNamespace(run=run)], 0)
+    engine._need_choice(nodes, [SimpleNamespace(run=run)], 0.25)
+    run.config.device = "cpu"
+    engine._need_choice(nodes, [SimpleNamespace(run=run)], 0)
+
+
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs Ray: pip install 'rmt\[ray\]'"):
