@@ -1,6 +1,7 @@
 """Sweeps on SLURM: job arrays through submitit.
 
-No SLURM has run this: its tests use submitit's local executor, which starts the same pickled jobs as processes here.
+No SLURM has run this: its tests use submitit's local executor, which starts the same pickled jobs as
+processes here. A driver that is killed, rather than stopped, leaves its array in the queue.
 """
 
 import shutil
