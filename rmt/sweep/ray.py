@@ -24,6 +24,7 @@ from .work import execute
 
 # Seconds: that a node may take to answer, that a cluster may be without any node that fits, between two looks at it.
 ANSWER, EMPTY, LOOK = 60.0, 60.0, 5.0
+CONNECT = 5.0
 # Share of the smallest node's store that models and data may take.
 STORE_SHARE = 0.5
 SEEN_FILE = ".seen-by-all-nodes"
@@ -62,11 +63,25 @@ def _connected(address: str | None) -> tuple[Any, bool]:
         raise UserError("--engine ray needs Ray: pip install 'rmt[ray]'") from error
     if ray.is_initialized():
         return ray, False
+    _need_reachable(address or os.environ.get("RAY_ADDRESS") or "auto")
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error")
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise UserError(f"there is no Ray cluster at {address or 'the usual place'}: {error}") from error
     return ray, True
+
+
+def _need_reachable(address: str) -> None:
+    """Raises UserError where nothing listens: Ray itself would look for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(f"address must be HOST:PORT of a Ray cluster's head, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"there is no Ray cluster at {address}: {error}") from error
 
 
 def _fitting(ray, cpus: float, gpus: float) -> list[dict]:

@@ -132,6 +132,19 @@ def test_gpus_are_never_taken_or_left_in_silence():
     engine._need_choice(nodes, [SimpleNamespace(run=run)], 0)
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "there is no Ray cluster at 127.0.0.1:1: .*refused"),
+        ("ray://head:10001", "address must be HOST:PORT of a Ray cluster's head, got 'ray://head:10001'"),
+        ("head", "address must be HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster(address, message):
+    with pytest.raises(UserError, match=message):
+        engine._need_reachable(address)
+
+
 def test_without_ray_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs Ray: pip install 'rmt\[ray\]'"):
