@@ -67,13 +67,16 @@ def measure(folder: Path, runs: int, steps: int, count: int, lose: bool) -> dict
     spec.write_text(yaml.safe_dump({"base": base, "shots": [4], "seeds": list(range(1, runs + 1))}))
     with cluster(count) as nodes:
         ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
-        wait_for_nodes(ray, count)
-        if lose:
-            threading.Thread(target=_lose, args=(nodes, folder / "out", runs), daemon=True).start()
-        start = time.perf_counter()
-        rows = sweep(spec, folder / "out", Engine("ray"))
-        wall = time.perf_counter() - start
-        ray.shutdown()
+        # Without a shutdown before the cluster's end, Ray aborts the process and hides what went wrong.
+        try:
+            wait_for_nodes(ray, count)
+            if lose:
+                threading.Thread(target=_lose, args=(nodes, folder / "out", runs), daemon=True).start()
+            start = time.perf_counter()
+            rows = sweep(spec, folder / "out", Engine("ray"))
+            wall = time.perf_counter() - start
+        finally:
+            ray.shutdown()
         apart = nodes.apart
     lines = (folder / "out" / "results.jsonl").read_text().splitlines()
     assert len(lines) == len({json.loads(line)["id"] for line in lines}) == runs, "a run is lost, or there twice"

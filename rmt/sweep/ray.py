@@ -23,7 +23,7 @@ from .share import Files, Model, handed, model_key, pack_files, pack_model
 from .work import execute
 
 # Seconds: that a node may take to answer, that a cluster may be without any node that fits, between two looks at it.
-ANSWER, EMPTY, LOOK = 60.0, 60.0, 5.0
+ANSWER, EMPTY, LOOK = 120.0, 60.0, 5.0
 CONNECT = 5.0
 # Share of the smallest node's store that models and data may take.
 STORE_SHARE = 0.5
