@@ -85,7 +85,7 @@ MUTATIONS = [
     ("routing: folded without its function", "rmt/routing/fold.py", "up @ (m @ down_t)",
      "up @ down_t.view(len(m), -1, down_t.shape[-1])", ROUTING_OPTIONS),
     ("spread to one side", "rmt/masking.py", "width * (1 - 2 * philox", "width * (1 - philox",
-     "tests/rmt/test_masking.py"),
+     ["tests/rmt/test_masking.py", "-k", "spread"]),
     ("routing: masks freeze what was injected", "rmt/masking.py", "[mask.scores for mask in found] + routed",
      "[mask.scores for mask in found]", ROUTING_MASKS),
     ("a layer's x_R counts its padding", "rmt/routing/bart.py", "x * seen).sum", "x).sum", HF_HOSTS),
