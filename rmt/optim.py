@@ -15,6 +15,7 @@ import rmt_kernels
 
 from .gradients import Dropout, Gradients
 from .masked import Mask, masks
+from .shards import Shards
 
 # Formats of Adam's two moments -> bytes a score. bf16 and 8 bits are rounded stochastically: see mask_update_.
 STATES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
@@ -59,6 +60,8 @@ class MaskAdam(torch.optim.Optimizer):
     def _reset(self, state: str, capturable: bool) -> None:
         self.state_format, self.capturable = state, capturable
         self.gradients = Gradients(self.masks)
+        # Of several processes each of which updates masks of its own alone.
+        self.shards: Shards | None = None
         # Of a batch in parts: what the parts so far came with. Of the next step: what it is to do with its gradients.
         self.parts: Dropout | None = None
         self._dropout: Dropout | None = None
@@ -85,6 +88,15 @@ class MaskAdam(torch.optim.Optimizer):
         """What `rmt.backward` calls once it has filled `gradients`: the next step is of them, unless there are more."""
         self.parts, self._dropout = (dropout, None) if more else (None, dropout)
 
+    def send_away(self) -> None:
+        """Frees the scores of the masks that `shards` gives to others; norms, of a loaded state too, stay."""
+        self._refresh_norms()
+        self.shards.send_away()
+        self._seen, self._counted = self._versions(), None
+
+    def _mine(self, live: list[int]) -> list[int]:
+        return live if self.shards is None else [i for i in live if self.shards.mine(i)]
+
     @torch.no_grad()
     def combine(self, rule: Callable[[Tensor, Tensor, Dropout, int], Tensor]) -> None:
         """One gradient of the two that every mask holds, in place of the next step's own dropout.
@@ -93,7 +105,7 @@ class MaskAdam(torch.optim.Optimizer):
         """
         dropout = self._dropout
         self._refresh_norms()
-        for i in self.gradients.live:
+        for i in self._mine(self.gradients.live):
             mask = self.masks[i]
             a, b, chained = self.gradients.pair(i, general=True)
             a, b = (a * mask.weight, b * mask.weight) if chained else (a, b)
@@ -194,7 +206,8 @@ class MaskAdam(torch.optim.Optimizer):
         group = self.param_groups[0]
         # One count for all: a mask that had no gradient in some step is bias-corrected as if it had.
         group["step"] += 1
-        for i in live:
+        mine = self._mine(live)
+        for i in mine:
             self._make_state(i)
         counted = len(live) == len(self.masks) or self._counted == self._versions()
         self._refresh_norms()
@@ -202,12 +215,19 @@ class MaskAdam(torch.optim.Optimizer):
         factors = rmt_kernels.adam_factors(step, group["lr"], *group["betas"])
         # One launch for all that are alike: in whether they are compact, and in the dtypes of weight and kept weight.
         parts: dict[tuple, list[int]] = {}
-        for i in live:
+        for i in mine:
             mask = self.masks[i]
             kind = (mask.weight.dtype, mask.module.kept(mask.prefix).dtype) if mask.selected is None else ()
             parts.setdefault(kind, []).append(i)
-        for kind, part in parts.items():
-            self._update(part, dropout, factors, step, compact=not kind)
+        try:
+            for kind, part in parts.items():
+                self._update(part, dropout, factors, step, compact=not kind)
+        except ValueError:
+            if self.shards:
+                self.shards.tell(self.counts, failed=True)
+            raise
+        if self.shards:
+            self.shards.tell(self.counts)
         self.gradients.clear()
         self._seen = self._versions()
         self._counted = self._seen if counted else None

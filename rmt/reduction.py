@@ -8,7 +8,9 @@ order on every rank, whatever the order of arrivals, and all of them in every pa
 the others.
 
 A step with both passes hands 2 * (masked scores) * 4 bytes a rank to all_reduce, half of it in bf16; and at most 60
-bytes for each mask whose number of scores is no multiple of 16.
+bytes for each mask whose number of scores is no multiple of 16. Where each rank updates its own masks alone
+(`World.zero`) a bucket has an owner, which alone gets its sums: as many bytes go to reduce, of which a ring carries
+half as much.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from .world import World
 
 BUCKET = 25 << 20  # bytes, as torch's DDP
 ALIGN = 16  # elements: a cache line
+SPLIT = 4  # buckets that each owner gets at least, masks allowing: so that all own about as much
 
 
 class Reduction:
@@ -28,11 +31,17 @@ class Reduction:
 
     Args:
         bucket: bytes of the buffers that are summed in one call; at least one mask.
+
+    owners: the rank that gets the sums of each bucket; empty: all get all.
     """
 
     def __init__(self, world: World, masks: Sequence[Mask], bucket: int = BUCKET) -> None:
         self.world, self.masks = world, list(masks)
-        self.buckets = _buckets([mask.scores.numel() for mask in masks], bucket)
+        sizes = [mask.scores.numel() for mask in masks]
+        if world.zero:
+            bucket = min(bucket, 4 * sum(sizes) // (SPLIT * world.size))
+        self.buckets = _buckets(sizes, bucket)
+        self.owners = _owners([sum(sizes[i] for i in row) for row in self.buckets], world.size) if world.zero else []
         self._place = {i: (n, begin) for n, row in enumerate(self.buckets) for i, begin in row.items()}
         self._flat: dict[tuple[int, int], Tensor] = {}
         # Hand-overs of each mask in a pass, by side; None before the first.
@@ -40,10 +49,14 @@ class Reduction:
         self._side: int | None = None
         self._waits: list[Callable[[], None]] = []
 
+    def owner(self, i: int) -> int:
+        """Of mask i, where buckets have owners."""
+        return self.owners[self._place[i][0]]
+
     def buffer(self, side: int, i: int) -> Tensor:
         """Of mask i, fp32, in its scores' shape: a part of its bucket."""
         (n, begin), scores = self._place[i], self.masks[i].scores
-        return self._bucket(side, n)[begin : begin + scores.numel()].view_as(scores)
+        return self.bucket(side, n)[begin : begin + scores.numel()].view_as(scores)
 
     def begin(self, side: int) -> None:
         """Before a pass after which this rank has all its gradients of `side`."""
@@ -91,12 +104,12 @@ class Reduction:
     def _send(self) -> None:
         side, n = self._side, self._sent
         self._sent += 1
-        flat = self._bucket(side, n)
+        flat, owner = self.bucket(side, n), self.owners[n] if self.owners else None
         if self.world.reduce == "fp32":
-            self._waits.append(self.world.start_sum_(flat))
+            self._waits.append(self.world.start_sum_(flat, owner))
             return
         low = flat.bfloat16()
-        wait = self.world.start_sum_(low)
+        wait = self.world.start_sum_(low, owner)
 
         def widen() -> None:
             wait()
@@ -104,7 +117,8 @@ class Reduction:
 
         self._waits.append(widen)
 
-    def _bucket(self, side: int, n: int) -> Tensor:
+    def bucket(self, side: int, n: int) -> Tensor:
+        """Flat, fp32: the buffers of its masks at their places, and zeros between."""
         last, begin = list(self.buckets[n].items())[-1]
         flat, scores = self._flat.get((side, n)), self.masks[last].scores
         if flat is None or flat.device != scores.device:
@@ -125,3 +139,12 @@ def _buckets(sizes: Sequence[int], limit: int) -> list[dict[int, int]]:
         made[-1][i] = end
         end += -(-sizes[i] // ALIGN) * ALIGN
     return made
+
+
+def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
+    """A rank for each bucket, the largest first to who has least so far."""
+    held, owners = [0] * ranks, [0] * len(sizes)
+    for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        owners[n] = min(range(ranks), key=held.__getitem__)
+        held[owners[n]] += sizes[n]
+    return owners

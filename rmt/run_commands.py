@@ -35,6 +35,9 @@ def shared_train_options(parser: "ArgumentParser") -> None:
     add = group.add_argument
     add("--reduce", type=Literal["fp32", "bf16"], default="fp32",
         help="what gradients are summed in over ranks: bf16 for half the traffic")  # fmt: skip
+    add(
+        "--zero", action="store_true", help="keep scores and moments of each mask on one rank alone, to the same result"
+    )
     add("--timeout", type=float, default=WAIT_S, help="seconds that a rank waits for the others in any one step")
 
 
@@ -46,7 +49,7 @@ def train(args: "Namespace") -> None:
     check_protocol(args.protocol)
     config, shots = run_config(args), args.shots
     if args.seeds is None and not isinstance(shots, list):
-        with joined(config.device, reduce=args.reduce, timeout=args.timeout) as world, world.quiet():
+        with joined(config.device, reduce=args.reduce, zero=args.zero, timeout=args.timeout) as world, world.quiet():
             run(config, args.out, world=world)
         return
     if launched():

@@ -23,6 +23,7 @@ from .masked import Mask, masks
 from .optim import MaskAdam
 from .reduction import Reduction
 from .resume import Resume
+from .shards import Shards
 from .step import Step
 from .world import World
 
@@ -44,7 +45,8 @@ def tune(
         resume: where to go on from and to keep the state.
         world, total: the processes that share every batch, of which `batches` gives this one's share, and the images
             of the whole batch. All of them end with the same scores, bit for bit: gradients are summed before the
-            dropout, whose draws are the same everywhere.
+            dropout, whose draws are the same everywhere. With `world.zero` each keeps scores and moments of its own
+            masks alone meanwhile; after an error the others' scores are not there any more.
 
     Raises: UserError for a loss that is not finite, before that step's scores are kept anywhere; and where another
         process is lost, or its masks are no longer these.
@@ -56,10 +58,14 @@ def tune(
     optimizer = MaskAdam(found, lr=lr, state=config.adam, capturable=config.graph)
     if not world.alone:
         optimizer.gradients.reduction = Reduction(world, found)
+        if world.zero:
+            optimizer.shards = Shards(world, found, optimizer.gradients.reduction)
     known = {"seed": seed} if config.graph else {"seed": seed, "total": total}
     take = (CapturedStep if config.graph else Step)(model, text, optimizer, config, **known)
     steps = range(resume.steps_done if resume else 0, len(rates))
     meter = Meter(found, config.temperature, resume.load(optimizer) if resume else None, world, total)
+    if optimizer.shards:
+        optimizer.send_away()
     for step, (image, label) in zip(steps, prefetch(batches, steps)):
         optimizer.set_lr(rates[step])
         try:
@@ -76,6 +82,8 @@ def tune(
         tick(step + 1)
         if resume:
             resume.save(optimizer, step + 1, meter.logged, last=last)
+    if optimizer.shards:
+        optimizer.shards.bring_back()
 
 
 class Meter:

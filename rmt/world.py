@@ -43,6 +43,7 @@ class World:
     Args:
         rank, size: of `size` processes this is number `rank`, from 0.
         reduce: what gradients are summed in, fp32 or bf16, the latter for half the traffic.
+        zero: whether scores and moments are sharded, so that each rank updates its own masks alone: see `rmt.shards`.
         sent: bytes of the tensors that this rank has handed to collectives so far; what is told at the start of a run,
             and a resume file that is handed round, are not counted.
     """
@@ -50,6 +51,7 @@ class World:
     rank: int = 0
     size: int = 1
     reduce: str = "fp32"
+    zero: bool = False
     sent: int = 0
     group: Any = dataclasses.field(default=None, repr=False)
 
@@ -146,13 +148,19 @@ class World:
         self._reduce(both, "MAX")
         return int(both[0]) == -int(both[1])
 
-    def start_sum_(self, tensor: Tensor) -> Callable[[], None]:
-        """Begins to sum a tensor of the model's device over ranks, in place; what is returned waits for the end."""
+    def start_sum_(self, tensor: Tensor, owner: int | None = None) -> Callable[[], None]:
+        """Begins to sum a tensor of the model's device over ranks, in place; what is returned waits for the end.
+
+        owner: the one rank that gets the sum, where not all do; what others then hold has no meaning.
+        """
         import torch.distributed as dist
 
         self.sent += tensor.numel() * tensor.element_size()
         with self.talking():
-            work = dist.all_reduce(tensor, group=self.group, async_op=True)
+            if owner is None:
+                work = dist.all_reduce(tensor, group=self.group, async_op=True)
+            else:
+                work = dist.reduce(tensor, group_dst=owner, group=self.group, async_op=True)
 
         def wait() -> None:
             with self.talking():
@@ -209,14 +217,14 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def joined(
-    device: str = "auto", *, reduce: str = "fp32", start: float = START_S, timeout: float = WAIT_S
+    device: str = "auto", *, reduce: str = "fp32", zero: bool = False, start: float = START_S, timeout: float = WAIT_S
 ) -> Iterator[World]:
     """Inside, this process is one of those that torchrun has started; without torchrun it is alone.
 
     gloo carries tensors of the CPU, nccl those of CUDA devices, of which rank r of a machine takes number LOCAL_RANK.
 
     Args:
-        device: a run's: auto, cpu or cuda. reduce: see World.
+        device: a run's: auto, cpu or cuda. reduce, zero: see World.
         start, timeout: seconds to wait for the others, until all are there and then in any one call.
 
     Raises: UserError for a device that torchrun's ranks cannot share, for too few of them, where ranks are missing
@@ -247,7 +255,7 @@ def joined(
             f"within {start:g} s: {error}"
         ) from error
     try:
-        yield World(rank, size, reduce, group=group)
+        yield World(rank, size, reduce, zero, group=group)
     finally:
         dist.destroy_process_group()
 

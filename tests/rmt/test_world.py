@@ -61,7 +61,7 @@ def clear_bits_agree(a, b, threshold=5e-3):
     return torch.equal((a > threshold)[clear], (b > threshold)[clear])
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name != "bf16"])
+@pytest.mark.parametrize("name", [name for name in STEPS if "bf16" not in name])
 def test_ranks_that_share_a_batch_end_with_the_scores_of_one(done, name):
     alone, ranks = tuned(name), [done[0][rank][name] for rank in range(STEPS[name][0])]
     assert all(torch.equal(found["scores"], ranks[0]["scores"]) for found in ranks[1:]), "bit for bit"
@@ -69,6 +69,7 @@ def test_ranks_that_share_a_batch_end_with_the_scores_of_one(done, name):
     assert (want - before).abs().max() > 1e-3
     assert ((got - want).abs() <= CLOSE).float().mean() > 0.999 and clear_bits_agree(got, want)
     for found in ranks:
+        assert found["packed"], "bits are those of the scores"
         assert found["rows"] == ranks[0]["rows"] and len(found["rows"]) == 3
     for mine, row in zip(alone["rows"], ranks[0]["rows"]):
         assert row["batch_acc1"] == pytest.approx(mine["batch_acc1"])
@@ -83,6 +84,61 @@ def test_bytes_that_travel_are_those_of_the_formula(done):
     # While all bits are on there is no general gradient.
     found = done[0][0]["all on at first"]
     assert 5 < (found["sent"] - 3 * 40) / (4 * sum(found["sizes"])) < 10
+
+
+@pytest.mark.parametrize("name", ["two", "all on at first", "selected", "a rival", "bf16"])
+def test_sharded_scores_and_moments_end_with_the_bits_of_whole_ones(done, name):
+    """Of two ranks: two numbers have one sum. Of more the order of a reduction is the backend's."""
+    for rank in (0, 1):
+        whole, sharded = done[0][rank][name], done[0][rank][f"zero, {name}"]
+        assert torch.equal(whole["scores"], sharded["scores"]) and whole["rows"] == sharded["rows"]
+        assert not sharded["scores"].isnan().any()
+
+
+def test_sharded_each_score_and_moment_is_on_one_rank_and_the_others_have_nan_without_storage(done):
+    sizes, ranks = done[0][0]["zero, four"]["sizes"], [done[0][rank]["held"] for rank in range(RANKS)]
+    for i, size in enumerate(sizes):
+        there = [held["moments"][i] for held in ranks]
+        owner = there.index(size)
+        assert sorted(there) == [0, 0, 0, size] and [h["scores"][i] for h in ranks] == [
+            size if r == owner else 1 for r in range(RANKS)
+        ]
+        assert [held["nan"][i] for held in ranks] == [r != owner for r in range(RANKS)]
+    assert max(sum(held["moments"]) for held in ranks) <= sum(sizes) / RANKS + max(sizes)
+
+
+def told(found, ranks):
+    """Words that each rank tells after a step: those of its masks' bits and four for each mask, padded to the most."""
+    reduction = Reduction(World(0, ranks, zero=True), rmt.masks(world_tools.masked()))
+    words = [0] * ranks
+    for i, count in enumerate(found["words"]):
+        words[reduction.owner(i)] += count + 4
+    return 2 * -(-max(words) // 2)
+
+
+def test_bytes_that_travel_where_scores_and_moments_are_sharded_are_those_of_the_formula(done):
+    for name, ranks, width in (("zero, two", 2, 4), ("zero, four", 4, 4), ("zero, bf16", 2, 2)):
+        found = done[0][0][name]
+        a_step = 2 * sum(found["sizes"]) * width + 4 * told(found, ranks)
+        assert found["sent"] == 5 * a_step + 4 * sum(found["sizes"]) + 3 * 40, name
+
+
+def test_a_sharded_run_goes_on_on_another_number_of_ranks_or_whole(done):
+    found = done[0][0]["resharded"]
+    assert [found[f"zero, two, {n}"]["done"] for n in (2, 1, 4)] == [0, 3, 4]
+    for n in (2, 1):
+        a, b = found[f"two, {n}"]["file"], found[f"zero, two, {n}"]["file"]
+        assert (
+            a["scores"].keys() == b["scores"].keys()
+            and a["optimizer"]["state"].keys() == b["optimizer"]["state"].keys()
+        )
+        assert all(torch.equal(a["scores"][key], b["scores"][key]) for key in a["scores"])
+        for i, moments in a["optimizer"]["state"].items():
+            assert all(torch.equal(moments[name], b["optimizer"]["state"][i][name]) for name in moments)
+        assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"] and a["step"] == b["step"]
+    whole, sharded = (found[f"{how}, 4"]["scores"] for how in ("two", "zero, two"))
+    assert ((whole - sharded).abs() <= CLOSE).float().mean() > 0.999
+    assert all(torch.equal(done[0][rank]["resharded"]["zero, two, 4"]["scores"], sharded) for rank in range(RANKS))
 
 
 def test_gradients_in_bf16_differ_by_its_rounding_and_not_between_ranks(done):
@@ -111,8 +167,11 @@ def test_what_is_wrong_on_one_rank_is_said_on_every_one_in_time(done):
         "apart": "the ranks' masks are no longer the same",
         "graph": "graph captures the step of one process, got 4 ranks",
         "NaN": "the loss must be finite, got nan",
+        "NaN of an owner": "step 1: scores must not be NaN, but some are on rank 2",
     }.items():
         for rank, said in enumerate(rows):
+            if (name, rank) == ("NaN of an owner", 2):
+                part = "step 1: scores became NaN"
             assert part in said[name][0], (name, rank, said[name])
             assert said[name][1] < 20, (name, rank, said[name])
     # rank 1 slept through a time-out.
@@ -164,7 +223,8 @@ def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_ends_with_the_same
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", "1", "-m", "rmt", "train", "--config", str(tmp_path / "config.yaml")]
-    command += ["--out", str(tmp_path / "run"), "--timeout", "60"]
+    # Sharded, where the run that it is compared with is not.
+    command += ["--out", str(tmp_path / "run"), "--timeout", "60", "--zero"]
     where = environment()
     where["PYTHONPATH"] = f"{tmp_path}:{where['PYTHONPATH']}"
     ended = subprocess.run(command, env=where, capture_output=True, text=True, timeout=180, cwd=tmp_path)
@@ -174,6 +234,7 @@ def test_torchrun_restarts_a_job_whose_rank_was_killed_and_it_ends_with_the_same
     assert said.count("resume     from step") == 1 and said.count("\nzero-shot") == 2, "rank 0 alone prints"
     want, got = (torch.load(out / "last.pt", weights_only=True) for out in (done[1] / "run", tmp_path / "run"))
     assert all(torch.equal(want["scores"][key], got["scores"][key]) for key in want["scores"])
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["zero"] is True
     assert rows(tmp_path / "run") == rows(done[1] / "run")
     assert not [p for p in (tmp_path / "run").iterdir() if p.name.startswith(".")][1:]
 
@@ -207,7 +268,7 @@ def test_buckets_hold_every_mask_once_from_the_last_to_the_first():
 class Watched(World):
     """Two ranks of which the other has the same gradients: a sum doubles, at once."""
 
-    def start_sum_(self, tensor):
+    def start_sum_(self, tensor, owner=None):
         self.started = [*getattr(self, "started", []), tensor.numel()]
         tensor.mul_(2)
         return lambda: None

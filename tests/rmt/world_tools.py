@@ -20,6 +20,7 @@ from rmt import clip
 from rmt.config import MaskConfig, TrainConfig, UserError, from_yaml
 from rmt.masked import disabled, masks
 from rmt.masking import apply_masks
+from rmt.optim import MaskAdam
 from rmt.reduction import Reduction
 from rmt.resume import Resume
 from rmt.run import run
@@ -44,6 +45,13 @@ STEPS = {
     "a rival": (2, 8, replace(RECIPE, dropout="sign"), {}),
     "text tower": (2, 8, RECIPE, {"towers": ("image", "text")}),
     "bf16": (2, 8, RECIPE, {"reduce": "bf16"}),
+    "zero, two": (2, 8, RECIPE, {"zero": True}),
+    "zero, three, parts": (3, 8, replace(RECIPE, accumulate=2), {"zero": True}),
+    "zero, four": (4, 8, RECIPE, {"zero": True}),
+    "zero, all on at first": (2, 8, replace(RECIPE, lr=2e-3), {"zero": True, "on": True}),
+    "zero, selected": (2, 8, RECIPE, {"zero": True, "selected": True}),
+    "zero, a rival": (2, 8, replace(RECIPE, dropout="sign"), {"zero": True}),
+    "zero, bf16": (2, 8, RECIPE, {"zero": True, "reduce": "bf16"}),
 }
 
 
@@ -81,7 +89,7 @@ def tuned(name, world=None, rates=None, **options):
     """Scores, logged rows and bytes sent after the steps of STEPS[name]; world None: alone."""
     _, images, config, how = STEPS[name]
     world, rows, model = world or World(), [], masked(**how)
-    world.sent, world.reduce = 0, how.get("reduce", "fp32")
+    world.sent, world.reduce, world.zero = 0, how.get("reduce", "fp32"), how.get("zero", False)
     rates = rates or [config.lr] * len(RATES)
     text = TEXT
     if "towers" in how:
@@ -89,8 +97,11 @@ def tuned(name, world=None, rates=None, **options):
         with torch.no_grad(), disabled(model):
             text = clip.Text(model, tokens, F.normalize(model.encode_text(tokens), dim=-1))
     tune(model, text, batches(images, world), rates, config, log=rows.append, world=world, total=images, **options)
-    sizes = [mask.scores.numel() for mask in masks(model)]
-    return {"scores": scores(model), "rows": rows, "sent": world.sent, "sizes": sizes}
+    found = masks(model)
+    packed = all(torch.equal(mask.bits, mask.module._packed_bits(mask.prefix)) for mask in found)
+    sizes, words = [mask.scores.numel() for mask in found], [mask.bits.numel() for mask in found]
+    sent = world.sent
+    return {"scores": scores(model), "rows": rows, "sent": sent, "sizes": sizes, "words": words, "packed": packed}
 
 
 def resumed(folder, worlds):
@@ -105,6 +116,42 @@ def resumed(folder, worlds):
             resume = Resume(path, {"run": "a"}, 0, world)
             found[name] = {"done": resume.steps_done, **tuned("two", world, RATES[:count], resume=resume)}
         dist.barrier()
+    return found
+
+
+class Held:
+    """In the place of a resume file: notes after each step how many scores and moments are in this process."""
+
+    steps_done = 0
+
+    def load(self, optimizer):
+        return None
+
+    def save(self, optimizer, step, logged, *, last):
+        self.scores = [mask.scores.untyped_storage().nbytes() // 4 for mask in optimizer.masks]
+        self.moments = [optimizer.state[mask.scores]["exp_avg"].numel() if optimizer.state[mask.scores] else 0
+                        for mask in optimizer.masks]  # fmt: skip
+        self.nan = [bool(mask.scores.isnan().any()) for mask in optimizer.masks]
+
+
+def held(world):
+    seen = Held()
+    tuned("zero, four", world, RATES[:2], resume=seen)
+    return vars(seen)
+
+
+def resharded(folder, worlds):
+    """Three steps on two ranks, one on one, one on four, each from the last one's file; sharded, and not."""
+    found = {}
+    for how in ("two", "zero, two"):
+        path = folder / f"resharded {how}.pt"
+        for ranks, count in ((2, 3), (1, 4), (4, 5)):
+            world = World() if ranks == 1 else worlds[ranks]
+            if world and (ranks > 1 or worlds[RANKS].first):
+                resume = Resume(path, {"run": "a"}, 0, world)
+                done = {"done": resume.steps_done, **tuned(how, world, RATES[:count], resume=resume)}
+                found[f"{how}, {ranks}"] = done | {"file": torch.load(path, weights_only=True) if world.first else {}}
+            dist.barrier()
     return found
 
 
@@ -131,6 +178,7 @@ def failures(worlds, folder):
         "apart": lambda: tuned_apart(world),
         "graph": lambda: tune(masked(), TEXT, None, [1.0], replace(RECIPE, graph=True), world=world),
         "NaN": lambda: tuned_on_nan(world),
+        "NaN of an owner": lambda: tuned_while_an_owner_fails(world),
         # A group that has timed out, or lost a rank, is of no use any more: the last two have one each.
         "silence": lambda: time.sleep(1.5 * WAIT_S) if world.rank == 1 else world.sum([1.0]),
         "lost": lambda: tuned_while_one_ends(worlds["spare"], folder),
@@ -160,6 +208,20 @@ def tuned_on_nan(world):
     tune(masked(), TEXT, bad, RATES[:2], replace(RECIPE, log_every=1), world=world, total=8)
 
 
+def tuned_while_an_owner_fails(world):
+    """The update of rank 2's masks comes out as NaN."""
+
+    def fail(*args, **kwargs):
+        raise ValueError("scores became NaN")
+
+    update, world.zero = MaskAdam._update, True
+    MaskAdam._update = fail if world.rank == 2 else update
+    try:
+        tune(masked(), TEXT, batches(8, world), RATES[:2], RECIPE, world=world, total=8)
+    finally:
+        MaskAdam._update, world.zero = update, False
+
+
 def tuned_while_one_ends(world, folder):
     """The last rank ends in the middle of the third step, its task gradients on their way."""
     if world.rank == RANKS - 1:
@@ -184,6 +246,8 @@ def rank_main(rank, folder):
         worlds |= {RANKS: everyone, "spare": World(rank, RANKS, group=dist.new_group())}
         found = {name: tuned(name, worlds[row[0]]) for name, row in STEPS.items() if worlds[row[0]]}
         found["resumed"] = resumed(folder, worlds)
+        found["resharded"], found["held"] = resharded(folder, worlds), held(everyone)
+        everyone.zero = False
         if worlds[2]:
             with worlds[2].quiet():
                 run(from_yaml((folder / "config.yaml").read_text()), folder / "run", world=worlds[2])
