@@ -9,11 +9,12 @@ tells what the others need of it, bits and their counts. Scores of others' masks
 place is NaN without storage, which nothing can take for scores (`ScoreStorage.send_away`), and their bits are told and
 never packed. At the end every rank has all scores again.
 
-Of S scores a rank keeps (4 + 8) S / ranks bytes in place of 12 S, with fp32 moments. Besides the gradients it hands over,
-in each step, 4 times the most words that any rank tells, made even: of each of its masks N * ceil(K / 32) of bits and 4
-of counts. At the end it is once 4 S bytes, and at most 60 for each mask as in `rmt.reduction`.
+Of S scores a rank keeps (4 + 8) S / ranks bytes in place of 12 S, with fp32 moments. Besides the gradients it hands
+over, in each step, 4 times the most words that any rank tells, made even: of each of its masks N * ceil(K / 32) of bits
+and 4 of counts. At the end it is once 4 S bytes, and at most 60 for each mask as in `rmt.reduction`.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -77,8 +78,9 @@ class Shards:
                 counts[i].copy_(count)
                 self._bits(i).copy_(bits)
                 self.masks[i].refresh(force=True)
-        # On CUDA nothing fails there, and nobody waits for the device: see mask_update_.
-        if not failed and counts.device.type == "cpu" and int(counts.min()) < 0:
+        # Where mask_update_ looks for NaN: on CUDA nobody waits for the device.
+        looked = counts.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1"
+        if looked and not failed and int(counts.min()) < 0:
             who = {self.owners[i] for i in range(len(self.masks)) if int(counts[i, 0]) < 0}
             raise ValueError(f"scores must not be NaN, but some are on rank {', '.join(map(str, sorted(who)))}")
 

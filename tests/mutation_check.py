@@ -60,7 +60,7 @@ ROUTING_TRAIN = ["tests/rmt/test_routing_train.py"]
 ROUTING_COMMAND = ["tests/rmt/test_routing_command.py"]
 TRAIN_STEP = ["tests/rmt/test_train_step.py", "-k", "not quick"]
 # Without the processes of world_tools: no gloo, no second interpreter.
-WORLD = ["tests/rmt/test_world.py", "-k", "shares_are or bucket or old_store"]
+WORLD = ["tests/rmt/test_world.py", "-k", "shares_are or bucket or old_store or away"]
 RANKS = ["tests/rmt/test_world.py", "-k", "end_with_the_scores_of_one"]
 CAPTIONS = ["tests/rmt/test_routing_captions.py"]
 SWEEP = ["tests/rmt/test_sweep.py", "-k", "identity or added_once or two_sweeps or handed"]
@@ -72,6 +72,10 @@ MUTATIONS = [
      WORLD),
     ("a bucket leaves before its last gradient", "rmt/reduction.py", "self._counts[i] == self._expected[self._side][i]",
      "self._counts[i] >= 1", WORLD),
+    ("an owner's bits are told and not taken", "rmt/shards.py", "self._bits(i).copy_(bits)", "pass", RANKS),
+    ("another than its owner gets a bucket's sums", "rmt/reduction.py", "self.owners[n] if self.owners",
+     "(self.owners[n] + 1) % self.world.size if self.owners", RANKS),
+    ("bits of scores that are elsewhere are packed", "rmt/compact.py", "if prefix in self._away:", "if False:", WORLD),
     ("a rank's loss weighs as if it had the whole batch", "rmt/step.py", "(total or len(image))", "len(image)", RANKS),
     ("sweep: a run has two rows", "rmt/sweep/table.py", 'if row["id"] in self.rows:', "if not row:", SWEEP),
     ("sweep: a run is the same on other data", "rmt/sweep/identity.py", '"data": contents.of_data(run.config)',

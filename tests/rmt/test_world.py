@@ -20,7 +20,7 @@ import rmt
 from rmt.agreement import code_sha256
 from rmt.cli import main
 from rmt.config import RunConfig, TrainConfig, UserError, to_yaml
-from rmt.reduction import Reduction, _buckets
+from rmt.reduction import Reduction, _buckets, _owners
 from rmt.run import run
 from rmt.world import World, _meet, joined
 
@@ -263,6 +263,33 @@ def test_buckets_hold_every_mask_once_from_the_last_to_the_first():
     made = _buckets([100, 7, 40, 300], 4 * 150)
     assert made == [{3: 0}, {2: 0, 1: 48}, {0: 0}], "a place is a multiple of a cache line"
     assert [i for bucket in made for i in bucket] == [3, 2, 1, 0]
+
+
+def test_scores_that_are_sent_away_leave_their_bits_and_cannot_be_taken_for_scores():
+    layer = rmt.FusedMaskedLinear(40, 8)
+    with torch.no_grad():
+        layer.scores.mul_(torch.rand(8, 40, generator=torch.Generator().manual_seed(0)))
+    mask, x = rmt.masks(layer)[0], torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
+    values, bits, y = layer.scores.detach().clone(), mask.bits.clone(), layer(x)
+    parameter = layer.scores
+    layer.send_away("")
+    assert layer.scores is parameter and layer.scores.shape == (8, 40)
+    assert layer.scores.untyped_storage().nbytes() == 4 and layer.scores.isnan().all()
+    mask.refresh(force=True)
+    layer.double().float()
+    assert torch.equal(mask.bits, bits) and torch.equal(layer(x), y)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        mask.set_bits(bits)
+    layer.bring_back("", values)
+    assert torch.equal(layer.scores, values) and torch.equal(mask.bits, bits)
+    with torch.no_grad():
+        layer.scores.fill_(0.0)
+    assert not mask.bits.any(), "bits follow scores again"
+
+
+def test_owners_of_buckets_have_about_as_much():
+    assert _owners([5, 9, 4, 4], 2) == [1, 0, 1, 0]
+    assert _owners([7], 3) == [0] and _owners([], 2) == []
 
 
 class Watched(World):
