@@ -42,6 +42,8 @@ class StepPlan:
         masks, masked, weights: how many tensors are masked, of how many weights, of how many in the model.
         bytes: by kind, where most is alive; peak: the op that made it so, after its part of the step.
         flops: by role. moved: bytes that weight-sized passes read and write, by op.
+        sizes: numbers of scores, mask for mask. towers, block: weights of the towers that have masks, and of the
+            largest part that one of their lists of layers has.
     """
 
     masks: int
@@ -51,6 +53,9 @@ class StepPlan:
     peak: str = ""
     flops: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
+    sizes: tuple[int, ...] = ()
+    towers: int = 0
+    block: int = 0
 
     @property
     def total(self) -> int:
@@ -86,7 +91,7 @@ def plan_step(
         len(found), sum(m.weight.numel() for m in found),
         sum(p.numel() for n, p in model.named_parameters() if not n.endswith("scores")),
         {kind: live.get(kind, 0) for kind in KINDS}, op, {role: tracker.flops[role] for role in ROLES},
-        dict(tracker.moved),
+        dict(tracker.moved), tuple(m.scores.numel() for m in found), *_layers(model, mask),
     )  # fmt: skip
 
 
@@ -146,6 +151,18 @@ def _fake(model: nn.Module) -> None:
                 if id(t) not in made:
                     made[id(t)] = fake(t)
                 table[name] = made[id(t)]
+
+
+def _layers(model: nn.Module, mask: MaskConfig) -> tuple[int, int]:
+    """Weights of the towers with masks, and of the largest part of a list of layers in them."""
+
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if not name.endswith("scores"))
+
+    tower = model.visual if mask.towers == ("image",) and not mask.modules else model
+    lists = (m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
+    parts = [weights(part) for m in lists for part in m]
+    return weights(tower), max(parts, default=weights(tower))
 
 
 def _text(model: nn.Module, classes: int) -> clip.Text:

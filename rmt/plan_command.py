@@ -1,6 +1,8 @@
-"""`rmt plan`: prints what a training step needs, see `rmt.plan`."""
+"""`rmt plan`: prints what a training step needs, see `rmt.plan`; with --world of many ranks, see `rmt.plan_world`."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -12,8 +14,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
     from .plan import StepPlan
+    from .plan_world import RankPlan
 
 GIB = 2**30
+MS = 1e3
 
 
 def options(parser: "ArgumentParser") -> None:
@@ -31,6 +35,32 @@ def options(parser: "ArgumentParser") -> None:
     add("--towers", type=str, nargs="+", default=["image"], help=f"some of {', '.join(TOWERS)}")
     add("--device", type=str, default="H200", help="one that rmt/devices.json knows, or here: this machine, measured")
     add("--fit", action="store_true", help="find the largest batch that fits in the device's memory")
+    add("--world", type=int | None, help="ranks that share a batch; a column for 1, 2, 4, ... of them")
+    add(
+        "--layout",
+        type=Literal["replicated", "zero", "sharded"],
+        default="replicated",
+        help="what ranks hold in shares: nothing, as rmt train; scores and moments; all. The latter two by formula",
+    )
+    add("--reduce", type=Literal["fp32", "bf16"], default="fp32", help="what gradients travel in")
+    add("--link", type=float | None, metavar="GB/s", help="of --world: what a rank sends while it receives as much")
+    add(
+        "--latency", type=float | None, metavar="us", help="of --world: what a message from rank to rank takes at least"
+    )
+    add(
+        "--overlap",
+        type=float,
+        default=1.0,
+        help="share of the hideable traffic that goes on beside products; 0 where it takes the cores that compute",
+    )
+    add(
+        "--step-ms",
+        type=str,
+        nargs="+",
+        metavar="IMAGES:MS",
+        help="of --world: measured steps of one device, in place of its floor; two batches tell its terms apart",
+    )
+    add("--measured", type=str, metavar="FILE", help="such steps as JSON rows with batch and step_ms")
     add("--json", type=str, metavar="FILE", help="write the plan to this file as well")
 
 
@@ -47,25 +77,95 @@ def command(args: "Namespace") -> None:
     strength = 1.0 if preset.strength is None else preset.strength
 
     def planned(batch: int) -> "StepPlan":
-        train = TrainConfig(
-            batch=batch, accumulate=args.accumulate, precision=precision, strength=strength, adam=args.adam
-        )
+        # A rank whose share has fewer images than parts takes them one by one.
+        parts = args.accumulate if args.world is None else min(args.accumulate, batch)
+        train = TrainConfig(batch=batch, accumulate=parts, precision=precision, strength=strength, adam=args.adam)
         return plan_step(args.model, mask, train, image_size=args.image_size, classes=args.classes)
 
     batch = args.batch
+    title = f"{args.precision}, {', '.join(mask.targets)}"
+    if args.world is not None:
+        return _world(args, target, planned, title)
+    for name in ("link", "latency", "step_ms", "measured"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} says how several ranks do: it needs --world")
     if args.fit:
         batch = largest_batch(lambda n: planned(n).total <= target.memory, args.accumulate, args.batch)
         if not batch:
             gib = f"{target.memory / GIB:.1f} GiB"
             raise UserError(f"not even a batch of {args.accumulate} fits in the {gib} of {target.title}")
     plan = planned(batch)
-    print(as_text(plan, target, f"{args.model}, batch {batch}, {args.precision}, {', '.join(mask.targets)}"))
+    print(as_text(plan, target, f"{args.model}, batch {batch}, {title}"))
     if args.json:
         row = dataclasses.asdict(plan) | {"total": plan.total, "device": dataclasses.asdict(target)}
         asked = {
             name: getattr(args, name) for name in ("model", "precision", "adam", "image_size", "accumulate", "classes")
         }
         write_json(Path(args.json), asked | {"batch": batch} | row | {"floor_ms": plan.floor(target)})
+
+
+def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan"], title: str) -> None:
+    from .files import write_json
+    from .plan_traffic import Link, Sharing
+    from .plan_world import Rates, columns, plan_world
+
+    if args.fit:
+        raise UserError("--fit is of one device, --world of several: give one of them")
+    if args.world > 1 and (args.link is None or args.latency is None):
+        raise UserError("several ranks need a link: --link GB/s, that a rank sends, and --latency us, of one message")
+    link = Link(1e9 * (1 if args.link is None else args.link), (args.latency or 0) / 1e6, args.overlap)
+    sharing = Sharing(args.layout, args.reduce, 2 if args.precision == "bf16" else 4, args.accumulate)
+    steps = _steps(args)
+    planned = functools.cache(planned)
+    known = -(-args.batch // columns(args.batch, args.world)[-1])
+    rates = Rates.floor(planned(known), known, target)
+    if steps:
+        rates = Rates.fit(steps, rates)
+    rows = plan_world(planned, args.batch, args.world, sharing, link, rates)
+    said = [f"link: {link.bandwidth / 1e9:g} GB/s, {1e6 * link.latency:g} us a message, overlap {link.overlap:g}"]
+    said = said if args.world > 1 else []
+    if steps:
+        said += [f"one device: measured, {', '.join(f'{b} images {MS * s:,.2f} ms' for b, s in steps)}"]
+    else:
+        rate, copy = f"{target.rate / 1e12:,.4g} TFLOP/s", f"{target.copy / 1e9:,.4g} GB/s"
+        said += [f"one device: the floor of {target.title}", f"    {rate}, {target.sources['rate']}"]
+        said += [f"    {copy}, {target.sources['copy']}"]
+    if args.layout != "replicated":
+        said += [f"layout {args.layout} is planned by formula alone: rmt train has replicated"]
+    title = f"{args.model}, batch {args.batch}, {title}, {args.layout}, gradients in {args.reduce}"
+    print(world_as_text(rows, target, title, said))
+    if args.json:
+        made = [dataclasses.asdict(row) | {"total": row.total, "efficiency": row.efficiency(rows[0])} for row in rows]
+        asked = {name: getattr(args, name) for name in ("model", "batch", "precision", "adam", "image_size", "classes")}
+        ways = {"sharing": sharing, "link": link, "rates": rates, "device": target}
+        ways = {name: dataclasses.asdict(way) for name, way in ways.items()}
+        write_json(Path(args.json), asked | ways | {"world": made})
+
+
+def _steps(args: "Namespace") -> list[tuple[int, float]]:
+    """Measured steps of one device: images, seconds."""
+    found = []
+    for text in args.step_ms or ():
+        images, _, ms = text.partition(":")
+        try:
+            found.append((int(images), float(ms) / MS))
+        except ValueError:
+            raise UserError(f"step-ms must be IMAGES:MS, as 32:410.5, got {text!r}") from None
+    if args.measured:
+        path = Path(args.measured)
+        try:
+            rows = json.loads(path.read_text())
+            rows = [row for row in rows if "step_ms" in row]
+            if others := {row["model"] for row in rows} - {args.model}:
+                raise UserError(f"{path} has steps of {', '.join(sorted(others))}, not of {args.model}")
+            found += [(int(row["batch"]), row["step_ms"] / MS) for row in rows]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"measured must be JSON rows with model, batch and step_ms, got {path}: {error}") from error
+        if not rows:
+            raise UserError(f"measured must be JSON rows with model, batch and step_ms, and {path} has none")
+    return found
 
 
 def _names(given: list[str] | None) -> tuple[str, ...]:
@@ -107,6 +207,43 @@ def as_text(plan: "StepPlan", device: Device, title: str) -> str:
     verdict = "fits in" if plan.total <= device.memory else "does not fit in"
     lines += [f"{plan.total / GIB:,.2f} GiB {verdict} {device.memory / GIB:,.1f} GiB, {device.sources['memory']}"]
     return "\n".join(lines)
+
+
+def world_as_text(rows: "list[RankPlan]", device: Device, title: str, said: list[str]) -> str:
+    """A column for each number of ranks; of each the rank with the most images. said: what it rests on."""
+    from .plan_world import TERMS, bend
+
+    def line(name: str, values: list[float], form: str = ",.2f") -> str:
+        return f"  {name:20}" + "".join(f"{value:>11{form}}" for value in values)
+
+    def table(of: Callable[["RankPlan"], dict[str, float]], unit: float) -> list[str]:
+        kinds = dict.fromkeys(kind for row in rows for kind in of(row))
+        lines = [line(kind, [of(row).get(kind, 0) / unit for row in rows]) for kind in kinds]
+        return [*lines, line("total", [sum(of(row).values()) / unit for row in rows])]
+
+    lines = [title, "", line("ranks", [row.ranks for row in rows], ","), line("images of a rank", [
+        row.images for row in rows], ",")]  # fmt: skip
+    lines += ["", "Memory of a rank where most is alive, GiB", *table(lambda row: row.bytes, GIB)]
+    lines += ["", "Handed to collectives by a rank, MB a step", *table(lambda row: row.handed, 1e6)]
+    lines += ["", "Sent by a rank, MB a step", *table(lambda row: row.wire, 1e6)]
+    lines += ["", "Time of a step, ms: what its parts take, and of what travels what is not hidden"]
+    lines += [line(term, [MS * row.seconds[term] for row in rows]) for term in TERMS]
+    lines += [line("step", [MS * row.step for row in rows]), ""]
+    batch = rows[0].images
+    lines += [line("images/s", [batch / row.step for row in rows], ",.0f")]
+    lines += [line("efficiency", [row.efficiency(rows[0]) for row in rows]), ""]
+    fits = [row.ranks for row in rows if row.total <= device.memory]
+    memory = f"{device.memory / GIB:,.1f} GiB, {device.sources['memory']}"
+    lines += [f"fits from {fits[0]} ranks on in {memory}" if fits else f"no column fits in {memory}"]
+    best = min(rows, key=lambda row: row.step)
+    lines += [f"fastest with {best.ranks} ranks: {batch / best.step:,.0f} images/s"]
+    if bent := bend(rows):
+        row, term = bent
+        images, other = (100 * row.seconds[name] / row.step for name in ("images", term))
+        lines += [f"bends at {row.ranks} ranks: {images:.0f} % of a step for its images, {other:.0f} % for {term}"]
+    else:
+        lines += ["does not bend: images take more than half of every step"]
+    return "\n".join([*lines, *said])
 
 
 def _shown(moved: dict[str, int], least: float = 0.01) -> list[tuple[str, int]]:

@@ -128,6 +128,12 @@ class Reduction:
         return flat
 
 
+def bucket_bytes(sizes: Sequence[int], bucket: int = BUCKET) -> list[int]:
+    """Of a side, what each call sums in fp32, gaps included. sizes: of the masks' scores."""
+    rows = (list(row.items())[-1] for row in _buckets(sizes, bucket))
+    return [4 * (begin + sizes[i]) for i, begin in rows]
+
+
 def _buckets(sizes: Sequence[int], limit: int) -> list[dict[int, int]]:
     """Masks from the last to the first, each with its first element's place in its bucket."""
     made: list[dict[int, int]] = []

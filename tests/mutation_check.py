@@ -35,6 +35,7 @@ MODULES = ["tests/rmt/test_modules.py", "-k", "not vit_b"]
 BACKWARD = ["tests/rmt/test_backward.py"]
 OPTIM = ["tests/rmt/test_optim.py"]
 TRAIN = ["tests/rmt/test_train.py"]
+PLAN_WORLD = ["tests/rmt/test_plan_world.py", "-k", "not command and not mistakes and not hands_over"]
 CODEC = ["tests/kernels/test_codec.py"]
 TASK = ["tests/rmt/test_checkpoint.py"]
 SERVE = ["tests/rmt/test_serve.py"]
@@ -354,6 +355,12 @@ MUTATIONS = [
      "self.events.append((-1, self.blocks.pop(key), \"\"))", "self.blocks.pop(key)", ["tests/rmt/test_plan.py"]),
     ("half of the weight gradients planned", "rmt/tracking.py",
      "return 2 * _rows(g) * out.numel()", "return _rows(g) * out.numel()", ["tests/rmt/test_plan.py", "-k", "flops"]),
+    ("a ring sends every byte to every rank", "rmt/plan_traffic.py",
+     "(ranks - 1) / ranks * sum", "1 * sum", PLAN_WORLD),
+    ("a bucket travels before it is full", "rmt/plan_world.py",
+     "free = max(free, a_pass * filled / a_side) +", "free = free +", PLAN_WORLD),
+    ("masked weights of others made anew for nothing", "rmt/plan_world.py",
+     "(anew - update)", "(-update)", PLAN_WORLD),
     ("strength of base to new as of all classes", "rmt/config.py",
      ' and config.classes == "all"', "", ["tests/rmt/test_config.py"]),
     ("the floor takes one weight gradient for two", "bench/floor.py",

@@ -28,6 +28,8 @@ FLOORS = {
     "rmt.run": 6,
     "rmt.agreement": 6,
     "rmt.plan": 6,
+    "rmt.plan_traffic": 6,
+    "rmt.plan_world": 6,
     "rmt.protocols": 7,
     "rmt.ablations": 7,
     "rmt.ablate_command": 7,
