@@ -40,7 +40,7 @@ def options(parser: "ArgumentParser") -> None:
         "--layout",
         type=Literal["replicated", "zero", "sharded"],
         default="replicated",
-        help="what ranks hold in shares: nothing, as rmt train; scores and moments; all. The latter two by formula",
+        help="what ranks hold in shares: nothing; scores and moments, as rmt train --zero; all, by formula alone",
     )
     add("--reduce", type=Literal["fp32", "bf16"], default="fp32", help="what gradients travel in")
     add("--link", type=float | None, metavar="GB/s", help="of --world: what a rank sends while it receives as much")
@@ -130,8 +130,8 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
         rate, copy = f"{target.rate / 1e12:,.4g} TFLOP/s", f"{target.copy / 1e9:,.4g} GB/s"
         said += [f"one device: the floor of {target.title}", f"    {rate}, {target.sources['rate']}"]
         said += [f"    {copy}, {target.sources['copy']}"]
-    if args.layout != "replicated":
-        said += [f"layout {args.layout} is planned by formula alone: rmt train has replicated"]
+    if args.layout == "sharded":
+        said += ["layout sharded is planned by formula alone: rmt train has replicated and zero (--zero)"]
     title = f"{args.model}, batch {args.batch}, {title}, {args.layout}, gradients in {args.reduce}"
     print(world_as_text(rows, target, title, said))
     if args.json:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 from .config import UserError
 from .plan import StepPlan
-from .reduction import BUCKET, bucket_bytes
+from .reduction import BUCKET, SPLIT, bucket_bytes
 
 LAYOUTS = ("replicated", "zero", "sharded")
 FP32, BYTE = 4, 8  # bytes of a score, its gradient or a weight; packed bits to a byte
 SIDES = 2  # task and general
-SPLIT = 4  # buckets an owner gets at least in zero, masks allowing
 # Bytes that a logged row takes: three fp64 sums, and the checksum of the bits and its negative. See `rmt.train.Meter`.
 METRICS = (24, 16)
 PASSES = 4  # in which a sharded layout gathers weights: teacher, student, both backward passes

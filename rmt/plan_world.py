@@ -4,11 +4,11 @@
 
 A rank's own part is a plan of its share of the batch (`rmt.plan`). The rest is of the layout:
 
-- replicated, what `rmt train` does (`rmt.reduction`): all is on every rank, both gradients are all-reduced;
-- zero: scores and moments in shares of whole masks. Gradients are reduced to the owner of their bucket, which updates
-  its masks alone; bits are gathered, as many a rank as the heaviest tells, and masked weights made anew from them;
-- sharded: weights, masked weight, bits and gradients in equal shares as well. Weights travel for teacher, student and
-  both backward passes; two blocks at a time are whole.
+- replicated, what `rmt train` does by itself (`rmt.reduction`): all is on every rank, both gradients are all-reduced;
+- zero (`rmt.shards`): scores and moments in shares of whole masks. Gradients are reduced to the owner of their bucket,
+  which updates its masks alone; bits are gathered, as many a rank as the heaviest tells, and make masked weights anew;
+- sharded, planned alone: weights, masked weight, bits and gradients in equal shares as well. Weights travel for
+  teacher, student and both backward passes; two blocks at a time are whole.
 
 A step takes: its images, shared by all; the weight-sized work, the same whatever the share; and of what travels what
 no product hides: bandwidth and latency. The batch is one, so N ranks are compared with one rank that has all of it.

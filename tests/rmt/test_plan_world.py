@@ -107,6 +107,11 @@ def test_overlap_hides_all_but_the_tail_and_parts_of_a_batch_hide_less():
 def test_zero_shares_out_whole_masks():
     assert owned(PLAN, 2) == ([4 * KIB] * 4, 0.5)
     assert owned(PLAN, 3)[1] == 0.5 and owned(PLAN, 4)[1] == owned(PLAN, 64)[1] == 0.25, "no less than a mask"
+    world = World(0, 3, zero=True)
+    there = Reduction(world, apply_masks(tiny.model(), MaskConfig()))
+    sizes = [m.scores.numel() for m in there.masks]
+    most = max(sum(n for i, n in enumerate(sizes) if there.owner(i) == rank) for rank in range(3))
+    assert owned(StepPlan(len(sizes), sum(sizes), 0, sizes=tuple(sizes)), 3)[1] == most / sum(sizes)
     zero = Sharing("zero")
     found = traffic(PLAN, 4, zero)
     assert kinds(found, 4, "handed") == {"gradients": 32 * KIB, "bits": KIB / 8, "metrics": 4.0}
@@ -187,8 +192,8 @@ def test_the_command_prints_a_column_for_each_number_of_ranks(name, tmp_path, ca
                  "link: 1 GB/s, 10 us a message, overlap 0"):  # fmt: skip
         assert part in printed
     link[1] = "2"
-    assert command(name, *link, "--layout", "zero", "--accumulate", "5") == 0
-    assert "layout zero is planned by formula alone" in capsys.readouterr().out
+    assert command(name, *link, "--layout", "sharded", "--accumulate", "5") == 0
+    assert "layout sharded is planned by formula alone" in capsys.readouterr().out
     assert command(name, "--world", "1") == 0 and "link" not in capsys.readouterr().out
 
 
