@@ -106,8 +106,8 @@ def _compared(found: Found) -> list[Section]:
 def _ranking(curves: Curves, titles: Mapping[str, str]) -> Figure:
     caption = (
         "Methods in the order of their accuracy at the largest number of shots, with a sample deviation over the seeds "
-        "where there are several. Filled and coloured: with masks; star and dashed line: zero-shot; open and grey: the "
-        "others. A triangle at the left edge, with its number, lies further left than the panel reaches. "
+        "where there are several. Filled and coloured: with masks, six at most; star and dashed line: zero-shot; open "
+        "and grey: the others. A triangle at the left edge, with its number, lies further left than the panel reaches. "
         "Every panel has its own scale."
     )
     return Figure(compare_figures.ranking(curves, titles), caption, True)
