@@ -67,7 +67,8 @@ def main() -> None:
         rows.append(run(args, data, rate, spread, seed))
         shown = {name: value for name, value in rows[-1].items() if name != "curve"}
         print("  ".join(f"{n} {v:.4g}" if isinstance(v, float) else f"{n} {v}" for n, v in shown.items()), flush=True)
-    write_json(args.json, {"command": vars(args), "rows": rows, "environment": environment(torch.device("cpu"))})
+    asked = {name: value for name, value in vars(args).items() if name != "json"}
+    write_json(args.json, {"command": asked, "rows": rows, "environment": environment(torch.device("cpu"))})
 
 
 if __name__ == "__main__":

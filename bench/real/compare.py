@@ -59,6 +59,15 @@ def run(args: argparse.Namespace, data: str) -> None:
     compare(config, out, args.methods, args.shots, args.seeds, options, "python bench/real/compare.py")
 
 
+def last_row(folder: Path) -> dict:
+    """What training through the image tower logged last: how far the method fitted its own images."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    row = json.loads(path.read_text().splitlines()[-1])
+    return {"last_row": {name: row[name] for name in ("step", "task", "loss", "general", "batch_acc1") if name in row}}
+
+
 def main() -> None:
     args = arguments()
     for data in () if args.collect else args.data:
@@ -66,7 +75,7 @@ def main() -> None:
     cells = []
     for data, runs in itertools.product(args.data, args.runs):
         found = sorted((Path(runs) / Path(data).name).glob("*/shots*-seed*/result.json"))
-        cells += [json.loads(path.read_text()) for path in found]
+        cells += [json.loads(path.read_text()) | last_row(path.parent) for path in found]
     cells = [{key: value for key, value in cell.items() if key not in LEFT_OUT} for cell in cells]
     asked = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "collect")}
     command = f"python bench/real/compare.py {shlex.join(sys.argv[1:])}"
