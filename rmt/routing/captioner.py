@@ -92,11 +92,16 @@ class CoCaCaptioner:
 
 
 def load_coca(config: RouteConfig) -> CoCaCaptioner:
-    """Raises UserError for what is no CoCa, and for a tokenizer without ids of start and end."""
+    """Raises UserError for what is no CoCa, one without weights, and a tokenizer without ids of start and end."""
     loaded = clip.load(config.model, config.pretrained, config.image_size, clip.pick_device(config.device))
     if not hasattr(loaded.model, "text_decoder"):
         raise UserError(f"model must be an open_clip CoCa, such as coca_ViT-B-32, got {config.model!r}")
     describe(loaded.model)
+    if not loaded.model.text_decoder.text_projection.any():
+        raise UserError(
+            f"{config.model} must have weights: open_clip leaves a new CoCa's text projection at 0, and no gradient "
+            "passes it. Give --pretrained, or a local-dir with weights"
+        )
     ids = [getattr(loaded.tokenizer, name, None) for name in ("sot_token_id", "eot_token_id")]
     if None in ids or not hasattr(loaded.tokenizer, "decode"):
         kind = type(loaded.tokenizer).__name__

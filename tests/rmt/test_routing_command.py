@@ -8,6 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from rmt import clip
 from rmt.cli import main
 from rmt.routing import load_routed, train
 
@@ -74,16 +75,8 @@ def test_the_same_command_again_and_another(run, files, tmp_path, capsys):
 
 def test_killed_and_started_again_it_ends_with_the_same_bits(run, files, tmp_path, monkeypatch, capsys):
     out, step = tmp_path / "killed", torch.optim.AdamW.step
-    calls = []
-
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
     flags = ["--dropout", "0.3", "--save-every", "0"]
-    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    monkeypatch.setattr(torch.optim.AdamW, "step", text_tools.killed_at(step, 4))
     assert main(command(files, out, *flags)) == 130
     assert not (out / "result.json").exists() and not (out / "routed").exists()
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
@@ -92,6 +85,20 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(run, files, tmp_pat
     assert main(command(files, tmp_path / "whole", *flags)) == 0
     assert result(out)["routed_sha256"] == result(tmp_path / "whole")["routed_sha256"]
     assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_a_coca_without_weights_is_refused(files, tmp_path, monkeypatch, capsys):
+    load = clip.load
+
+    def bare(*args):
+        loaded = load(*args)
+        torch.nn.init.zeros_(loaded.model.text_decoder.text_projection)
+        return loaded
+
+    monkeypatch.setattr(clip, "load", bare)
+    assert main(command(files, tmp_path / "bare")) == 2
+    assert "must have weights: open_clip leaves a new CoCa's text projection at 0" in capsys.readouterr().err
+    assert not (tmp_path / "bare").exists()
 
 
 def test_options_reach_the_injection(files, tmp_path, capsys):

@@ -132,16 +132,8 @@ def test_what_lies_beside_is_read_and_checked(asked, files, tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["gpt2", "roberta"])
 def test_killed_and_started_again_it_ends_with_the_same_bits(kind, files, tmp_path, monkeypatch, capsys):
     out, step = tmp_path / "killed", torch.optim.AdamW.step
-    calls = []
-
-    def killed(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(*args, **kwargs)
-
     flags = ["--dropout", "0.3", "--save-every", "0", "--train-ln", "--train-bias", "--checkpointing"]
-    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    monkeypatch.setattr(torch.optim.AdamW, "step", text_tools.killed_at(step, 4))
     # Three processes' own random states, which a run must not depend on.
     torch.manual_seed(4)
     assert main(command(files, kind, out, *flags)) == 130

@@ -1,6 +1,7 @@
 """Generated images with captions and questions, and an open_clip CoCa folder that the commands can load."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import coca_tools
@@ -20,6 +21,19 @@ def image(path: Path, colour: tuple[int, int, int], seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).normal(0, 20, (20, 24, 3))
     Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+def killed_at(step: Callable, call: int) -> Callable:
+    """`step`, interrupted in place of its call of that number."""
+    calls = []
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    return killed
 
 
 def captions(folder: Path, each: int = 3, parts=("train", "val", "test")) -> Path:
