@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .figures import draw
 from .peers.names import MASKS, METHODS
-from .report_data import Shots
+from .report_cells import Shots
 from .report_means import ZERO, Curves, Point, all_shots, ranked
 
 if TYPE_CHECKING:

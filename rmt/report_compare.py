@@ -6,7 +6,8 @@ from pathlib import Path
 
 from . import compare_figures, report_parts, report_sweep, table_figures
 from .report import Best, Figure, Section, Table, read_metrics, report_tasks, run_sections, write_report
-from .report_data import Found, Missing, Shots, find, shots_order
+from .report_cells import Missing, Shots, shots_order
+from .report_data import Found, find
 from .report_means import COSTS, ZERO, Curves, Point, all_shots, average, costs, per_panel, ranked, seeds
 from .report_recipes import recipes
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .report_data import Cell, Shots, shots_order
+from .report_cells import Cell, Shots, shots_order
 
 ZERO = "zeroshot"
 COSTS = {

@@ -13,7 +13,8 @@ from .compare_tasks import matrix
 from .config import UserError
 from .evaluate import TASK_FOLDER
 from .report import Figure, Section, Table
-from .report_data import Cell, Found, shots_order
+from .report_cells import Cell, shots_order
+from .report_data import Found
 from .report_data import Table as Protocol
 from .report_means import ZERO, Point
 

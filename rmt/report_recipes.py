@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from .report import Section, Table
-from .report_data import Cell
+from .report_cells import Cell
 from .report_means import ZERO
 
 

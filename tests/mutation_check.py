@@ -371,7 +371,7 @@ MUTATIONS = [
      'self._tensor(call.out, "out")', "self._tensor(call.out, 0)", TRAIN_STEP),
     ("an average over what some methods lack", "rmt/report_means.py",
      "if all(k in methods.get(m, ()) for m in every)]", "if any(k in methods.get(m, ()) for m in every)]", REPORT),
-    ("methods on other training images", "rmt/report_data.py",
+    ("methods on other training images", "rmt/report_cells.py",
      'if first.result["indices_sha256"] != cell.result["indices_sha256"]:', "if False:", REPORT),
     ("the second best is bold", "rmt/report_compare.py", '== places[0]', '== places[-1]', REPORT),
 ]  # fmt: skip

@@ -36,6 +36,7 @@ FLOORS = {
     "rmt.demo": 7,
     "rmt.figures": 7,
     "rmt.report": 7,
+    "rmt.report_cells": 7,
     "rmt.report_data": 7,
     "rmt.report_means": 7,
     "rmt.report_parts": 7,

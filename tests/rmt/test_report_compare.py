@@ -11,8 +11,9 @@ from test_report import ELSEWHERE, images
 from rmt import compare_figures, table_figures
 from rmt.cli import main
 from rmt.config import UserError
+from rmt.report_cells import Missing
 from rmt.report_compare import report
-from rmt.report_data import Missing, find
+from rmt.report_data import find
 from rmt.report_means import Point, average, costs, per_panel, point, ranked, seeds
 
 FEW = ("zeroshot", "tip_f", "lora", "ramt", "tip_f+ramt")
