@@ -32,22 +32,28 @@ using Pointers = std::vector<uintptr_t>;
 
 static uintptr_t nth(const Pointers& pointers, size_t i) { return i < pointers.size() ? pointers[i] : 0; }
 
+static Draw draw_of(int64_t seed, int64_t step, int64_t stream, int64_t offset) {
+  return {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(stream),
+          static_cast<uint64_t>(offset)};
+}
+
 // Lists are empty or have one entry for each layer, scales two; norms and counts may be null. Returns how many words of
 // each layer hold a NaN score.
 static std::vector<int64_t> mask_update(
     const Pointers& scores, const Pointers& bits, const Pointers& exp_avgs, const Pointers& exp_avg_sqs,
     const Pointers& dense, const Pointers& grads, const Pointers& weights, const Pointers& generals,
     const Pointers& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& columns,
-    const std::vector<bool>& chained, const std::vector<int64_t>& streams, const std::vector<int>& weight_dtypes,
-    const std::vector<int>& dense_dtypes, int moments, std::pair<float, float> factors, uintptr_t norms,
-    uintptr_t counts, int64_t seed, int64_t step, double l2, double strength, double beta1, double beta2, float eps, float threshold, int threads) {
+    const std::vector<bool>& chained, const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets,
+    const std::vector<int>& weight_dtypes, const std::vector<int>& dense_dtypes, int moments,
+    std::pair<float, float> factors, uintptr_t norms, uintptr_t counts, int64_t seed, int64_t step, double l2,
+    double strength, double beta1, double beta2, float eps, float threshold, int threads) {
   std::vector<UpdateLayer> layers(scores.size());
   std::vector<UpdateSums> sums(scores.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const bool chain = !chained.empty() && chained[i];
     // As the reference has it: torch divides a number by a tensor through the reciprocal.
     const float penalty = l2 ? 1.0f / std::max(at<float>(norms)[i], FLT_MIN) * static_cast<float>(l2) : 0.0f;
-    const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(streams[i])};
+    const Draw draw = draw_of(seed, step, streams[i], offsets[i]);
     layers[i] = {
         {at<float>(grads[i]), at<float>(nth(generals, i)), at<void>(chain ? weights[i] : 0),
          static_cast<DType>(weight_dtypes[i]), l2 ? at<float>(scores[i]) : nullptr, penalty,
@@ -96,7 +102,7 @@ static void bind_cpu(py::module_& m) {
         [](uintptr_t grad_task, uintptr_t grad_general, uintptr_t weight, int weight_dtype, uintptr_t scores,
            float penalty, float rest, int64_t seed, int64_t step, int64_t stream, uintptr_t grad, int64_t numel,
            int threads) {
-          const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(stream)};
+          const Draw draw = draw_of(seed, step, stream, 0);
           kernels().gradient_dropout(
               {at<float>(grad_task), at<float>(grad_general), at<void>(weight), static_cast<DType>(weight_dtype),
                at<float>(scores), penalty, rest, draw},
@@ -124,10 +130,10 @@ static void bind_cpu(py::module_& m) {
                x_stride},
               threads);
         }, nogil);
-  m.def("cpu_uniform", [](int64_t seed, int64_t step, int64_t stream, uintptr_t out, int64_t numel, int threads) {
-    const Draw draw = {static_cast<uint64_t>(seed), static_cast<uint64_t>(step), static_cast<uint32_t>(stream)};
-    kernels().uniform(draw, at<float>(out), numel, threads);
-  }, nogil);
+  m.def("cpu_uniform",
+        [](int64_t seed, int64_t step, int64_t stream, int64_t offset, uintptr_t out, int64_t numel, int threads) {
+          kernels().uniform(draw_of(seed, step, stream, offset), at<float>(out), numel, threads);
+        }, nogil);
   m.def("cpu_weight_grad_rate", [] { return kernels().weight_grad ? kernels().weight_grad_rate() : 0.0; }, nogil);
   m.def("cpu_weight_grad",
         [](uintptr_t g, uintptr_t x, uintptr_t out, int64_t m, int64_t n, int64_t k, int64_t g_stride, int64_t x_stride,

@@ -108,23 +108,25 @@ def need_dropout(shape, device, grad_general, scores, penalty, rng) -> None:
 
 def need_update(
     scores, bits, exp_avgs, exp_avg_sqs, grads, generals, weights, chained, dense, scales, norms, counts, l2, rng,
-    streams,
+    streams, offsets,
 ) -> None:  # fmt: skip
     """Lists, dtypes and layouts of `mask_update_`."""
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     lists = {"bits": bits, **moments, "grads": grads}
-    optional = {"generals": generals, "weights": weights, "chained": chained, "dense": dense, "streams": streams}
+    numbers = {"chained": chained, "streams": streams, "offsets": offsets}
+    optional = {"generals": generals, "weights": weights, "dense": dense, **numbers}
     lists |= {name: values for name, values in optional.items() if values}
     lists |= {"weights": weights} if dense or any(chained) else {}
     for name, values in lists.items():
         if len(values) != len(scores):
-            raise ValueError(f"{name} must have one tensor for each of {len(scores)} scores, got {len(values)}")
+            what = "entry" if name in numbers else "tensor"
+            raise ValueError(f"{name} must have one {what} for each of {len(scores)} scores, got {len(values)}")
     for i, s in enumerate(scores):
         need_matrix(f"scores[{i}]", s)
         need_like(f"scores[{i}]", s, s.shape, scores[0].device, (torch.float32,))
         need_bits(s, bits[i])
         for name, values in lists.items():
-            if name in ("bits", "chained", "streams"):
+            if name == "bits" or name in numbers:
                 continue
             elif name in moments:
                 dtypes = (exp_avgs[0].dtype,) if exp_avgs[0].dtype in MOMENTS else MOMENTS
@@ -137,10 +139,10 @@ def need_update(
             if not values[i].is_contiguous() or not s.is_contiguous():
                 raise ValueError(f"scores[{i}] and {name}[{i}] must be contiguous, got strides {values[i].stride()}")
     if scores:
-        _need_extras(scores, exp_avgs[0].dtype, generals, scales, norms, counts, l2, rng, streams)
+        _need_extras(scores, exp_avgs[0].dtype, generals, scales, norms, counts, l2, rng, streams, offsets)
 
 
-def _need_extras(scores, stored, generals, scales, norms, counts, l2, rng, streams) -> None:
+def _need_extras(scores, stored, generals, scales, norms, counts, l2, rng, streams, offsets) -> None:
     device = scores[0].device
     want = 2 * len(scores) if stored == torch.uint8 else 0
     if len(scales) != want:
@@ -164,6 +166,12 @@ def _need_extras(scores, stored, generals, scales, norms, counts, l2, rng, strea
         need_like("rng", rng, (2,), device, (torch.int64,))
     if any(not isinstance(v, int) or not 0 <= v < 2**31 for v in streams):
         raise ValueError(f"streams must be integers from 0 to 2**31 - 1, got {streams!r}")
+    unit, what = (MOMENT_BLOCK, "an exponent of uint8 moments") if stored == torch.uint8 else (4, "a block of the draw")
+    if any(not isinstance(v, int) or not 0 <= v < 2**63 or v % unit for v in offsets):
+        raise ValueError(
+            f"offsets must be integers from 0 to 2**63 - 1 and multiples of {unit}, the elements that share {what}, "
+            f"got {offsets!r}"
+        )
 
 
 def need_no_nan(op: str, name: str, scores: Tensor) -> None:

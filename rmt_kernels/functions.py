@@ -232,8 +232,8 @@ def mask_update_(
     scores: list[Tensor], bits: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], grads: list[Tensor],
     factors: Tensor, *, generals: list[Tensor] = (), weights: list[Tensor] = (), chained: list[bool] = (),
     dense: list[Tensor] = (), scales: list[Tensor] = (), norms: Tensor | None = None, counts: Tensor | None = None,
-    l2: float = 0.0, rng: Tensor | None = None, strength: float = 1.0, streams: list[int] = (), beta1: float = 0.9,
-    beta2: float = 0.999, eps: float = 1e-8, threshold: float = 5e-3,
+    l2: float = 0.0, rng: Tensor | None = None, strength: float = 1.0, streams: list[int] = (),
+    offsets: list[int] = (), beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, threshold: float = 5e-3,
 ) -> None:  # fmt: skip
     """All weight-sized work of a training step, for every layer at once, in place.
 
@@ -260,6 +260,10 @@ def mask_update_(
         rng: (2,) int64 [seed, step], for the dropout and for rounding moments.
         strength: in [0, 1], R-AMT's lambda.
         streams: random stream of each layer, below 2**31; empty: 0, 1, 2 and on.
+        offsets: empty (all 0), or for each layer the flat index of its first element within a whole one, begin * K
+            where only rows from `begin` on are given: they then draw what they draw as part of it. Multiples of 4,
+            with uint8 moments of 256, so that the same elements share an exponent. norms are read as the whole layer's,
+            and written as those of the rows given.
 
     Raises: ValueError, TypeError before anything is written; ValueError afterwards where scores became NaN (on CUDA
         only with RMT_SYNC_ERRORS=1: the check waits for the device).
@@ -269,14 +273,14 @@ def mask_update_(
     l2, strength = checks.need_finite("l2", l2), checks.need_strength(strength)
     checks.need_update(
         scores, bits, exp_avgs, exp_avg_sqs, grads, generals, weights, chained, dense, scales, norms, counts, l2, rng,
-        streams,
+        streams, offsets,
     )  # fmt: skip
     if scores:
         checks.need_like("factors", factors, (2,), scores[0].device, (torch.float32,))
         _ops.mask_update_(
             list(scores), list(bits), list(exp_avgs), list(exp_avg_sqs), list(dense), list(grads), list(weights),
             factors, beta1, beta2, checks.need_finite("eps", eps), checks.need_finite("threshold", threshold),
-            list(generals), list(chained), list(scales), norms, counts, rng, l2, strength, list(streams),
+            list(generals), list(chained), list(scales), norms, counts, rng, l2, strength, list(streams), list(offsets),
         )  # fmt: skip
         if torch.compiler.is_compiling():
             return

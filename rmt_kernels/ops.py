@@ -31,7 +31,7 @@ _SCHEMAS = {
     "mask_update_": "(Tensor(a!)[] scores, Tensor(b!)[] bits, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
     "Tensor(e!)[] dense, Tensor[] grads, Tensor[] weights, Tensor factors, float beta1, float beta2, float eps, "
     "float threshold, Tensor[] generals, bool[] chained, Tensor(f!)[] scales, Tensor(g!)? norms, Tensor(h!)? counts, "
-    "Tensor? rng, float l2, float strength, int[] streams) -> ()",
+    "Tensor? rng, float l2, float strength, int[] streams, int[] offsets) -> ()",
 }
 
 

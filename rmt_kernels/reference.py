@@ -134,12 +134,20 @@ def gradient_dropout(
     the L2 term. penalty (): coefficient / norm(scores), the L2 term's factor, a tensor so that no step waits for the
     device. strength: R-AMT's lambda; 1 zeroes a dropped element, 0 switches dropout off. stream: number of the layer.
     """
+    return _score_gradient(grad_task, grad_general, weight, scores, penalty, rng, strength, stream, 0)
+
+
+def _score_gradient(
+    grad_task: Tensor, grad_general: Tensor | None, weight: Tensor | None, scores: Tensor | None,
+    penalty: Tensor | None, rng: Tensor | None, strength: float, stream: int, offset: int,
+) -> Tensor:  # fmt: skip
+    """`gradient_dropout` of some rows of a layer: `offset` is the flat index of their first element within it."""
     a, b = _accurate(grad_task), None if grad_general is None else _accurate(grad_general)
     a, b = (a, b) if weight is None else (a * weight, None if b is None else b * weight)
     a = a if penalty is None else a + penalty * scores
     if b is None:
         return a
-    kept = keep_probability(a, b) > philox_uniform(rng, stream, a.shape)
+    kept = keep_probability(a, b) > philox_uniform(rng, stream, a.shape, offset)
     return torch.where(kept, a, (1 - strength) * a)
 
 
@@ -177,27 +185,29 @@ def mask_update_(
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
     threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
     norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
-    strength: float = 1.0, streams: list[int] = (),
+    strength: float = 1.0, streams: list[int] = (), offsets: list[int] = (),
 ) -> None:  # fmt: skip
     """One Adam step for every layer from `gradient_dropout`'s gradient, then all that follows from the new scores.
 
     Writes scores and moments, bits, the masked weight where `dense` is not empty, norms (L,) of the new scores and
     counts (L, 2): bits flipped, bits on. A gradient goes through `weights` where `chained` says so. l2 / norms[i], of
     the scores before, is the L2 term's penalty. Moments: fp32, or stored by `store_moment`, scales then being exp_avg's
-    and exp_avg_sq's for each layer in turn.
+    and exp_avg_sq's for each layer in turn. offsets: where a layer given is some rows of a whole one, the flat index of
+    its first element in that, whose draws it takes.
     """
     for i, s in enumerate(scores):
-        stream, weight = streams[i] if streams else i, weights[i] if chained and chained[i] else None
+        stream, offset = streams[i] if streams else i, offsets[i] if offsets else 0
+        general, weight = generals[i] if generals else None, weights[i] if chained and chained[i] else None
         # The subgradient at 0 is 0, as torch.norm's: the clamp keeps 0 / 0 out.
         penalty = l2 / norms[i].clamp_min(torch.finfo(torch.float32).tiny) if l2 else None
-        g = gradient_dropout(grads[i], generals[i] if generals else None, weight, s, penalty, rng, strength, stream)
+        g = _score_gradient(grads[i], general, weight, s, penalty, rng, strength, stream, offset)
         stored, exponents = (exp_avgs[i], exp_avg_sqs[i]), scales[2 * i : 2 * i + 2] or (None, None)
         m, v = (load_moment(x, e, signed) for x, e, signed in zip(stored, exponents, (True, False)))
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         s.sub_(m * factors[0] / (v.sqrt() * factors[1] + eps))
         if stored[0].dtype in (torch.bfloat16, torch.uint8):
-            random = philox_words(rng, stream + ROUNDING_STREAM, s.shape)
+            random = philox_words(rng, stream + ROUNDING_STREAM, s.shape, offset)
             store_moment(m, random & 0xFFFF, stored[0], exponents[0], True)
             store_moment(v, random >> 16, stored[1], exponents[1], False)
         before = unpack_bits(bits[i], s.shape[1])
@@ -256,18 +266,22 @@ def store_moment(x: Tensor, random: Tensor, stored: Tensor, exponents: Tensor | 
     stored.copy_((torch.where(x.flatten() < 0, c + 128, c) if signed else c).view(x.shape))
 
 
-def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniforms in [0, 1), fp32, a function of (seed, step, stream, flat index) alone: the upper 24 of 32 bits."""
-    return (philox_words(rng, stream, shape) >> 8).float() * 2.0**-24
+def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...], offset: int = 0) -> Tensor:
+    """Uniforms in [0, 1), fp32, a function of (seed, step, stream, flat index) alone: the upper 24 of 32 bits.
+
+    offset: flat index of the first element.
+    """
+    return (philox_words(rng, stream, shape, offset) >> 8).float() * 2.0**-24
 
 
-def philox_words(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def philox_words(rng: Tensor, stream: int, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     """32 random bits each, int64: Philox-4x32-10.
 
-    Key (seed low, seed high + stream), counter (index // 4 as 64 bits, step as 64 bits), word index % 4.
+    Key (seed low, seed high + stream), counter (index // 4 as 64 bits, step as 64 bits), word index % 4, where index
+    counts from `offset` on.
     """
     numel = torch.Size(shape).numel()
-    group = torch.arange(-(-numel // 4), device=rng.device)
+    group = torch.arange(offset // 4, -(-(offset + numel) // 4), device=rng.device)
     seed, step = rng.unbind()
     c0, c1, c2, c3 = group & LOW32, group >> 32, step & LOW32, step >> 32 & LOW32
     k0, k1 = seed & LOW32, (seed >> 32) + stream & LOW32
@@ -275,7 +289,8 @@ def philox_words(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
         (h0, l0), (h2, l2) = _mul32(c0, 0xD2511F53), _mul32(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = h2 ^ c1 ^ k0, l2, h0 ^ c3 ^ k1, l0
         k0, k1 = k0 + 0x9E3779B9 & LOW32, k1 + 0xBB67AE85 & LOW32
-    return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1).flatten()[:numel].reshape(shape)
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1).flatten()
+    return words[offset % 4 :][:numel].reshape(shape)
 
 
 def _mul32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ struct Draw {
   uint64_t seed;
   uint64_t step;
   uint32_t stream;
+  uint64_t offset;  // flat index of the first element within the whole layer, a multiple of 4
 };
 
 // What gradient_dropout makes of two gradients, flat: reference.gradient_dropout.

@@ -88,8 +88,9 @@ inline void select32(uint32_t word, const T* in, T* out) {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57, kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;
 
-// words[j] = the 32 random bits of flat index 4 * group + j, j < 32: eight Philox-4x32-10 blocks.
+// words[j] = the 32 random bits of flat index draw.offset + 4 * group + j, j < 32: eight Philox-4x32-10 blocks.
 inline void philox32(const Draw& draw, uint64_t group, uint32_t* words) {
+  group += draw.offset / 4;
   uint32_t k0 = static_cast<uint32_t>(draw.seed), k1 = static_cast<uint32_t>(draw.seed >> 32) + draw.stream;
 #if defined(RMT_AVX512)
   // One block per 64-bit lane. Only the low halves count: mul_epu32 ignores the rest, so nothing is ever masked off.

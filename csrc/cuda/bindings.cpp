@@ -20,9 +20,9 @@ void bind_cuda(py::module_& m) {
         "cols"_a, "strides"_a, "element_size"_a, "cuda_stream"_a, nogil);
   m.def("cuda_mask_update_partials", &rmt::cuda::mask_update_partials, "rows"_a, "cols"_a);
   m.def("cuda_mask_update", &rmt::cuda::mask_update, "scores"_a, "bits"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "dense"_a,
-        "grads"_a, "weights"_a, "generals"_a, "scales"_a, "rows"_a, "cols"_a, "chained"_a, "streams"_a, "moments"_a,
-        "weight_dtype"_a, "dense_dtype"_a, "factors"_a, "norms"_a, "counts"_a, "rng"_a, "partials"_a, "l2"_a,
-        "strength"_a, "beta1"_a, "beta2"_a, "eps"_a, "threshold"_a, "cuda_stream"_a, nogil);
+        "grads"_a, "weights"_a, "generals"_a, "scales"_a, "rows"_a, "cols"_a, "chained"_a, "streams"_a, "offsets"_a,
+        "moments"_a, "weight_dtype"_a, "dense_dtype"_a, "factors"_a, "norms"_a, "counts"_a, "rng"_a, "partials"_a,
+        "l2"_a, "strength"_a, "beta1"_a, "beta2"_a, "eps"_a, "threshold"_a, "cuda_stream"_a, nogil);
   m.def("cuda_gradient_dropout", &rmt::cuda::gradient_dropout, "grad_task"_a, "grad_general"_a, "weight"_a,
         "weight_dtype"_a, "scores"_a, "penalty"_a, "rng"_a, "numel"_a, "strength"_a, "stream"_a, "out"_a,
         "cuda_stream"_a, nogil);

@@ -63,6 +63,7 @@ void mask_update(
     const std::vector<int64_t>& cols,           // K of each
     const std::vector<bool>& chained,           // empty, or whether weights multiply the gradients
     const std::vector<int64_t>& streams,
+    const std::vector<int64_t>& offsets,        // of each first element within the whole layer, multiples of 4
     int moments, int weight_dtype, int dense_dtype,  // dense's is weight's, or bf16 beside fp32
     uintptr_t factors,                          // (2,) fp32 from adam_factors
     uintptr_t norms,                            // (L,) fp32, or 0

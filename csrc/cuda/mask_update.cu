@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
   }
   uint32_t random[4] = {};
   if constexpr (kGeneral) {
-    philox_words_at(step.rng[0], step.rng[1], layer.stream, at, random);
+    philox_words_at(step.rng[0], step.rng[1], layer.stream, layer.offset + at, random);
 #pragma unroll
     for (int i = 0; i < 4; ++i) g[i] = drop(g[i], b[i], to_uniform(random[i]), step.rest);
   }
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
     }
   }
   if constexpr (kMoments != kMomentsF32) {
-    philox_words_at(step.rng[0], step.rng[1], layer.stream + kRoundingStream, at, random);
+    philox_words_at(step.rng[0], step.rng[1], layer.stream + kRoundingStream, layer.offset + at, random);
   }
   store_moment<kMoments, true>(layer.exp_avg, at, count, whole, exponents[0], random, m);
   store_moment<kMoments, false>(layer.exp_avg_sq, at, count, whole, exponents[1], random, v);
@@ -187,13 +187,14 @@ void mask_update(const std::vector<uintptr_t>& scores, const std::vector<uintptr
                  const std::vector<uintptr_t>& weights, const std::vector<uintptr_t>& generals,
                  const std::vector<uintptr_t>& scales, const std::vector<int64_t>& rows,
                  const std::vector<int64_t>& cols, const std::vector<bool>& chained,
-                 const std::vector<int64_t>& streams, int moments, int weight_dtype, int dense_dtype,
-                 uintptr_t factors, uintptr_t norms, uintptr_t counts, uintptr_t rng, uintptr_t partials, double l2,
-                 double strength, double beta1, double beta2, double eps, double threshold, uintptr_t cuda_stream) {
+                 const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets, int moments,
+                 int weight_dtype, int dense_dtype, uintptr_t factors, uintptr_t norms, uintptr_t counts,
+                 uintptr_t rng, uintptr_t partials, double l2, double strength, double beta1, double beta2, double eps,
+                 double threshold, uintptr_t cuda_stream) {
   const size_t count = scores.size();
   const auto need_length = [&](size_t size) { need(size == count, "mask_update needs lists of one length"); };
   for (size_t size : {bits.size(), exp_avgs.size(), exp_avg_sqs.size(), grads.size(), rows.size(), cols.size(),
-                      streams.size()}) {
+                      streams.size(), offsets.size()}) {
     need_length(size);
   }
   for (size_t size : {dense.size(), weights.size(), generals.size(), chained.size(), scales.size() / 2}) {
@@ -252,6 +253,7 @@ void mask_update(const std::vector<uintptr_t>& scores, const std::vector<uintptr
     layer.grad = pointer<const float>(grads[i]), layer.general = pointer<const float>(nth(generals, i));
     layer.words = static_cast<uint32_t>(words), layer.words_per_row = static_cast<uint32_t>(per_row);
     layer.index = static_cast<int>(i), layer.stream = static_cast<uint32_t>(streams[i]);
+    layer.offset = static_cast<uint64_t>(offsets[i]);
     layer.chained = !chained.empty() && chained[i];
     need(!layer.chained || layer.weight != nullptr, "chained needs weights");
     const uintptr_t addresses =

@@ -20,6 +20,7 @@ struct Layer {
   const float* general;  // or null
   const void* weight;    // or null
   int64_t columns;       // of a row; N * K for one long row
+  uint64_t offset;       // flat index of the first element within the whole layer, a multiple of 4
   uint32_t words;        // of bits, below 2^32 for anything that fits in a device's memory
   uint32_t words_per_row;
   int index;  // place in norms and counts
@@ -33,7 +34,7 @@ struct Layer {
 #if CUDART_VERSION >= 12010
 constexpr int kMaxLayers = 256;
 #else
-constexpr int kMaxLayers = 32;
+constexpr int kMaxLayers = 31;
 #endif
 
 struct Table {

@@ -249,17 +249,17 @@ def mask_update_(
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
     threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
     norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
-    strength: float = 1.0, streams: list[int] = (),
+    strength: float = 1.0, streams: list[int] = (), offsets: list[int] = (),
 ) -> None:  # fmt: skip
     def addresses(group: list[Tensor]) -> list[int]:
         return [t.data_ptr() for t in group]
 
-    streams, chained = list(streams) or list(range(len(scores))), list(chained)
+    streams, offsets = list(streams) or list(range(len(scores))), list(offsets) or [0] * len(scores)
     dtypes = [[DTYPES[str(t.dtype)] for t in group or scores] for group in (weights, dense)]
     seed, step = (0, 0) if rng is None else rng.tolist()
     nans = extension.cpu_mask_update(
         *map(addresses, (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)),
-        [s.shape[0] for s in scores], [s.shape[1] for s in scores], chained, streams, *dtypes,
+        [s.shape[0] for s in scores], [s.shape[1] for s in scores], list(chained), streams, offsets, *dtypes,
         MOMENTS[exp_avgs[0].dtype], factors.tolist(), _ptr(norms), _ptr(counts), seed, step, l2, strength, beta1, beta2,
         eps, threshold, _threads(sum(s.numel() for s in scores)),
     )  # fmt: skip
@@ -268,7 +268,7 @@ def mask_update_(
             raise ValueError(f"scores[{i}] must not be NaN, got NaN in {words} words of 32: is a gradient NaN?")
 
 
-def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...]) -> Tensor:
+def philox_uniform(rng: Tensor, stream: int, shape: tuple[int, ...], offset: int = 0) -> Tensor:
     out = torch.empty(shape, dtype=torch.float32)
-    extension.cpu_uniform(*rng.tolist(), stream, out.data_ptr(), out.numel(), _threads(out.numel()))
+    extension.cpu_uniform(*rng.tolist(), stream, offset, out.data_ptr(), out.numel(), _threads(out.numel()))
     return out

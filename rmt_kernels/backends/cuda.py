@@ -305,7 +305,7 @@ def mask_update_(
     grads: list[Tensor], weights: list[Tensor], factors: Tensor, beta1: float, beta2: float, eps: float,
     threshold: float, generals: list[Tensor] = (), chained: list[bool] = (), scales: list[Tensor] = (),
     norms: Tensor | None = None, counts: Tensor | None = None, rng: Tensor | None = None, l2: float = 0.0,
-    strength: float = 1.0, streams: list[int] = (),
+    strength: float = 1.0, streams: list[int] = (), offsets: list[int] = (),
 ) -> None:  # fmt: skip
     lists = (scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, generals, scales)
     shape = [s.shape[0] for s in scores], [s.shape[1] for s in scores]
@@ -316,7 +316,7 @@ def mask_update_(
         partials = torch.empty(2 * extension.cuda_mask_update_partials(*shape), dtype=torch.float64, device=device)
     _launch(
         "mask_update", device, *([t.data_ptr() for t in group] for group in lists), *shape, list(chained),
-        list(streams) or list(range(len(scores))), MOMENTS[exp_avgs[0].dtype], _dtype((weights or scores)[0]),
-        _dtype((dense or weights or scores)[0]), factors.data_ptr(), _ptr(norms), _ptr(counts), _ptr(rng),
-        _ptr(partials), l2, strength, beta1, beta2, eps, threshold,
+        list(streams) or list(range(len(scores))), list(offsets) or [0] * len(scores), MOMENTS[exp_avgs[0].dtype],
+        _dtype((weights or scores)[0]), _dtype((dense or weights or scores)[0]), factors.data_ptr(), _ptr(norms),
+        _ptr(counts), _ptr(rng), _ptr(partials), l2, strength, beta1, beta2, eps, threshold,
     )  # fmt: skip

@@ -125,7 +125,9 @@ def test_draws_equal_the_reference_bit_for_bit():
     for seed, step, stream in ((0, 0, 0), (2**63 - 1, 2**40 + 7, 5), (-3, 1, 2**31)):
         rng = rk.rng_state(seed, step)
         for shape in ((1, 1), (7, 33), (64, 1000)):
-            assert torch.equal(cpu.philox_uniform(rng, stream, shape), reference.philox_uniform(rng, stream, shape))
+            for offset in (0, 4, 2**34 - 4, 2**40):
+                got = cpu.philox_uniform(rng, stream, shape, offset)
+                assert torch.equal(got, reference.philox_uniform(rng, stream, shape, offset))
 
 
 @pytest.mark.parametrize("dense_dtype", [None, *DTYPES], ids=str)

@@ -41,7 +41,7 @@ def whole_step(u: dict, chained: bool = True) -> dict[str, object]:
         "generals": [g.flip(0) for g in u["grads"]], "chained": [chained] * len(u["scores"]), "scales": [],
         "norms": torch.stack([s.norm() for s in u["scores"]]),
         "counts": torch.zeros(len(u["scores"]), 2, dtype=torch.int64), "rng": rk.rng_state(1, 2), "l2": 1e-4,
-        "strength": 0.3, "streams": [0, 5, 9][: len(u["scores"])],
+        "strength": 0.3, "streams": [0, 5, 9][: len(u["scores"])], "offsets": [512, 0, 2**40][: len(u["scores"])],
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def op_calls() -> dict[str, tuple]:
         "mask_update_": (OPS.mask_update_, (*lists, *rest, *whole_step(u).values())),
         "mask_update_-no-dense": (
             OPS.mask_update_,
-            (*lists[:4], [], lists[5], [], *rest, [], [], [], None, None, None, 0.0, 1.0, []),
+            (*lists[:4], [], lists[5], [], *rest, [], [], [], None, None, None, 0.0, 1.0, [], []),
         ),
     }
 
@@ -615,6 +615,23 @@ BAD_UPDATE = {
     "too-few-chained": ({"chained": lambda v: v[:1]}, ValueError, "chained must have one .* of 2 scores, got 1"),
     "too-few-streams": ({"streams": lambda v: v[:1]}, ValueError, "streams must have one .* of 2 scores, got 1"),
     "streams-too-large": ({"streams": lambda v: [0, 2**31]}, ValueError, r"streams must be integers from 0 to 2\*\*31"),
+    "too-few-offsets": (
+        {"offsets": lambda v: v[:1]}, ValueError, "offsets must have one entry for each of 2 scores, got 1",
+    ),
+    "offsets-negative": (
+        {"offsets": lambda v: [0, -4]}, ValueError, r"offsets must be integers from 0 to .*got \[0, -4\]",
+    ),
+    "offsets-float": ({"offsets": lambda v: [0, 4.0]}, ValueError, r"offsets must be integers.*got \[0, 4.0\]"),
+    "offsets-too-large": ({"offsets": lambda v: [0, 2**63]}, ValueError, r"offsets must be integers .* 2\*\*63 - 1"),
+    "offsets-within-a-draw": (
+        {"offsets": lambda v: [4, 6]}, ValueError, r"offsets must be .* multiples of 4, .* the draw, got \[4, 6\]",
+    ),
+    "offsets-within-an-exponent": (
+        {**dict.fromkeys(("exp_avgs", "exp_avg_sqs"), lambda v: [torch.zeros_like(t, dtype=torch.uint8) for t in v]),
+         "scales": lambda v: [torch.zeros(blocks, dtype=torch.uint8) for blocks in (2, 2, 1, 1)],
+         "offsets": lambda v: [256, 128]},
+        ValueError, r"offsets must be .* multiples of 256, .* exponent of uint8 moments, got \[256, 128\]",
+    ),
     "dropout-without-rng": ({"rng": lambda v: None}, ValueError, "dropout needs rng"),
     "rng-int32": ({"rng": torch.Tensor.int}, TypeError, "rng must be torch.int64, got torch.int32"),
     "l2-without-norms": ({"norms": lambda v: None}, ValueError, "l2 needs norms.*got l2 0.0001 and none"),

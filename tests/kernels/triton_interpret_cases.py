@@ -279,6 +279,21 @@ def test_mask_update_matches_reference(dense_dtype):
     assert flipped > 100, "the step must change words"
 
 
+def test_rows_of_a_layer_update_as_in_the_whole():
+    t, grad = layer((4, 40, 96)), layer((4, 40, 96), seed=1)["weight"] * 1e-2
+    factors = reference.adam_factors(torch.tensor(1), 4e-3, 0.9, 0.999)
+
+    def updated(begin, end):
+        scores, bits, weight, g = (x[begin:end].clone() for x in (t["scores"], t["bits"], t["weight"], grad))
+        moments, dense = [torch.zeros_like(scores) for _ in range(2)], reference.masked_weight(weight, bits)
+        lists = ([x] for x in (scores, bits, *moments, g))
+        rk.mask_update_(*lists, factors, dense=[dense], weights=[weight], offsets=[96 * begin])
+        return scores, bits, *moments, dense
+
+    parts = zip(*(updated(*rows) for rows in ((0, 4), (4, 23), (23, 40))))
+    assert all(torch.equal(whole, torch.cat(rows)) for whole, rows in zip(updated(0, 40), parts))
+
+
 def test_what_is_not_served_is_refused():
     t = layer((5, 9, 40))
     with pytest.raises(rk.BackendUnavailable, match="float64"):

@@ -102,7 +102,7 @@ def _blocks(op, shape):
 
 def mask_update_(
     scores, bits, exp_avgs, exp_avg_sqs, dense, grads, weights, factors, beta1, beta2, eps, threshold, generals=(),
-    chained=(), scales=(), norms=None, counts=None, rng=None, l2=0.0, strength=1.0, streams=(),
+    chained=(), scales=(), norms=None, counts=None, rng=None, l2=0.0, strength=1.0, streams=(), offsets=(),
 ):  # fmt: skip
     """From ready gradients: what `lacks` has not refused of the arguments from `generals` on plays no part then."""
     factors = factors.contiguous()
