@@ -31,6 +31,7 @@ def what_is_asked(config: RunConfig, world: World) -> dict[str, str]:
     return {
         "config": _short(to_yaml(config).encode()), "reduce": world.reduce,
         "zero": str(world.zero),
+        "shard": str(world.shard),
         "code": code_sha256()[:SHOWN], "torch": torch.__version__, "threads": str(torch.get_num_threads()),
         "CPU": torch.backends.cpu.get_cpu_capability(),
         "update": ", ".join(f"{row['device']} {row['backend']}" for row in rmt_kernels.explain("mask_update_")),

@@ -76,6 +76,8 @@ class ScoreStorage(nn.Module):
     threshold: float
     # Prefixes whose scores another process keeps. Their bits are told, not packed.
     _away: frozenset[str] = frozenset()
+    # And of them those whose masked weight each product makes anew.
+    _unkept: frozenset[str] = frozenset()
 
     def _weight(self, prefix: str) -> Tensor:
         """(N, K) view of the frozen weight; a convolution's K is C * kh * kw."""
@@ -99,19 +101,21 @@ class ScoreStorage(nn.Module):
         self.register_buffer(prefix + "selected", words)
         self._buffers[prefix + "bits"] = self._packed_bits(prefix)
 
-    def send_away(self, prefix: str) -> None:
-        """Frees the scores of `{prefix}weight`: another process keeps them, and tells their bits (`rmt.shards`).
+    def send_away(self, prefix: str, keep: bool = True) -> None:
+        """Frees the scores of `{prefix}weight`: they are kept elsewhere, and their bits told (`rmt.shards`).
 
-        In their place is NaN without storage, of the same shape: who would read it fails, or gets NaN. Bits stay.
+        In their place is NaN without storage, of the same shape: who would read it fails, or gets NaN. Bits stay; keep:
+        and so does the masked weight.
         """
         scores = self._parameters[prefix + "scores"]
         scores.data = scores.detach().new_full((), float("nan")).expand(scores.shape)
         self._away = self._away | {prefix}
+        self._unkept = self._unkept if keep else self._unkept | {prefix}
 
     def bring_back(self, prefix: str, values: Tensor) -> None:
         """Takes values, of the scores' shape, as the scores of `{prefix}weight` that were sent away; not a copy."""
         self._parameters[prefix + "scores"].data = values
-        self._away = self._away - {prefix}
+        self._away, self._unkept = self._away - {prefix}, self._unkept - {prefix}
 
     def _packed_bits(self, prefix: str) -> Tensor:
         """(N, ceil(K / 32)) int32 bits of the scores as they are now. Raises ValueError where one is NaN."""

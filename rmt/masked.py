@@ -73,6 +73,8 @@ class MaskedModule(ScoreStorage):
         return tuple((t, t._version, rmt_kernels.checks.address(t)) for t in tensors)
 
     def _is_fresh(self, prefix: str) -> bool:
+        if prefix in self._unkept:
+            return True  # bits are told
         old, now = self._packed.get(prefix), self._versions(prefix)
         if old is None or now is None or prefix not in self._dense:
             return False
@@ -99,6 +101,10 @@ class MaskedModule(ScoreStorage):
         """What `rmt.optim.MaskAdam` calls once it has rewritten scores, bits and the masked weight together."""
         self._packed[prefix] = self._versions(prefix)
 
+    def forget_kept(self) -> None:
+        """Frees all masked weights that are kept; who asks for one makes it again."""
+        self._dense, self._packed = {}, {}
+
     def dense(self, prefix: str = "", dtype: torch.dtype | None = None) -> Tensor:
         """(N, K) weight with off elements 0, up to date, in the weight's dtype or another. Shared, not a copy."""
         self.refresh(prefix)
@@ -119,8 +125,8 @@ class MaskedModule(ScoreStorage):
         return self._buffers[prefix + "bits"]
 
     def _product_dense(self, prefix: str) -> Tensor | None:
-        """The masked weight in the dtype of a product here; None where torch.compile traces, and bits are all."""
-        if torch.compiler.is_compiling():
+        """The masked weight in the dtype of a product here; None where bits are all: it is not kept, or traced."""
+        if torch.compiler.is_compiling() or prefix in self._unkept:
             return None
         weight = self._parameters[prefix + "weight"]
         low = torch.is_autocast_enabled(weight.device.type) and weight.dtype == torch.float32
@@ -148,7 +154,7 @@ class MaskedModule(ScoreStorage):
             return weight
         scores = self._parameters[prefix + "scores"]
         graph = torch.is_grad_enabled() and (scores.requires_grad or weight.requires_grad)
-        if not graph and not torch.compiler.is_compiling():
+        if not graph and not torch.compiler.is_compiling() and prefix not in self._unkept:
             return self.dense(prefix).view_as(weight)
         masked = rmt_kernels.masked_weight(self._weight(prefix), self._bits(prefix), self._routed_scores(prefix))
         return masked.view_as(weight)
@@ -166,7 +172,7 @@ class MaskedModule(ScoreStorage):
             if new.dtype != torch.float32 and not old.is_meta:
                 new.data = old.to(new.device)
             new.grad = None if grad is None else grad.to(new.device)
-        self._dense, self._packed = {}, {}
+        self.forget_kept()
         return self
 
     def _save_to_state_dict(self, *args) -> None:
@@ -191,6 +197,12 @@ class Mask:
     key: str
     module: MaskedModule
     prefix: str
+    offset = 0  # flat index of the first score in the whole mask
+
+    @property
+    def size(self) -> int:
+        """Weights, with a score or without."""
+        return self.module._parameters[self.prefix + "weight"].numel()
 
     @property
     def weight(self) -> Tensor:
@@ -201,6 +213,11 @@ class Mask:
     def scores(self) -> nn.Parameter:
         """(N, K) fp32, or (S,) where S weights are selected."""
         return self.module._parameters[self.prefix + "scores"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the scores."""
+        return self.scores.shape
 
     @property
     def selected(self) -> Tensor | None:
@@ -221,6 +238,15 @@ class Mask:
     def refresh(self, force: bool = False) -> None:
         """Make bits and masked weight follow the scores now. force: also where nothing seems to have changed."""
         self.module.refresh(self.prefix, force)
+
+    @property
+    def kept(self) -> Tensor | None:
+        """(N, K) masked weight, up to date, in the dtype that products read last."""
+        return self.module.kept(self.prefix)
+
+    def mark_fresh(self) -> None:
+        """Scores, bits and the masked weight have been rewritten together."""
+        self.module.mark_fresh(self.prefix)
 
     def set_bits(self, bits: Tensor) -> None:
         """Set scores so that exactly `bits` are on: the layer's init where on, 0 where off.

@@ -15,6 +15,7 @@ import rmt_kernels
 
 from .gradients import Dropout, Gradients
 from .masked import Mask, masks
+from .row_shards import Rows, RowShards
 from .shards import Shards
 
 # Formats of Adam's two moments -> bytes a score. bf16 and 8 bits are rounded stochastically: see mask_update_.
@@ -60,8 +61,8 @@ class MaskAdam(torch.optim.Optimizer):
     def _reset(self, state: str, capturable: bool) -> None:
         self.state_format, self.capturable = state, capturable
         self.gradients = Gradients(self.masks)
-        # Of several processes each of which updates masks of its own alone.
-        self.shards: Shards | None = None
+        # Of several processes each of which updates masks, or rows of masks, of its own alone.
+        self.shards: Shards | RowShards | None = None
         # Of a batch in parts: what the parts so far came with. Of the next step: what it is to do with its gradients.
         self.parts: Dropout | None = None
         self._dropout: Dropout | None = None
@@ -161,7 +162,8 @@ class MaskAdam(torch.optim.Optimizer):
         if self._seen != self._versions():
             self._follow_the_scores()
             with torch.no_grad():
-                self._norms.copy_(torch.stack([m.scores.norm() for m in self.masks]))
+                norms = torch.stack([m.scores.norm() for m in self.masks])
+                self._norms.copy_(self.shards.whole_norms(norms) if self.shards else norms)
             self._seen = self._versions()
 
     def _follow_the_scores(self) -> None:
@@ -181,10 +183,11 @@ class MaskAdam(torch.optim.Optimizer):
         """
         if self._counted != self._versions():
             on = [int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
-            self.counts[:, 1] = torch.tensor(on)
+            on = torch.tensor(on, device=self.counts.device)
+            self.counts[:, 1] = self.shards.whole_counts(on) if self.shards else on
             self._counted, self._some_off = self._versions(), False
         if not self._some_off:
-            self._some_off = self.counts[:, 1].tolist() != [m.weight.numel() for m in self.masks]
+            self._some_off = self.counts[:, 1].tolist() != [m.size for m in self.masks]
         return not self._some_off
 
     def _versions(self) -> tuple:
@@ -217,17 +220,17 @@ class MaskAdam(torch.optim.Optimizer):
         parts: dict[tuple, list[int]] = {}
         for i in mine:
             mask = self.masks[i]
-            kind = (mask.weight.dtype, mask.module.kept(mask.prefix).dtype) if mask.selected is None else ()
+            kind = _kind(mask)
             parts.setdefault(kind, []).append(i)
         try:
             for kind, part in parts.items():
                 self._update(part, dropout, factors, step, compact=not kind)
         except ValueError:
             if self.shards:
-                self.shards.tell(self.counts, failed=True)
+                self.shards.tell(self.counts, self._norms, live, failed=True)
             raise
         if self.shards:
-            self.shards.tell(self.counts)
+            self.shards.tell(self.counts, self._norms, live)
         self.gradients.clear()
         self._seen = self._versions()
         self._counted = self._seen if counted else None
@@ -253,8 +256,9 @@ class MaskAdam(torch.optim.Optimizer):
         bits = list(words) if compact else [m.bits for m in found]
         grads, options = self._gradients(live, rows, dropout, step)
         if not compact:
-            dense = [m.module.kept(m.prefix) for m in found]
+            dense = [m.kept for m in found if m.kept is not None]
             options |= {"weights": [m.weight.contiguous() for m in found], "dense": dense}
+            options |= {"offsets": [m.offset for m in found]}
         if self.state_format == "8bit":
             options |= {"scales": [s[name] for s in states for name in ("exp_avg_scale", "exp_avg_sq_scale")]}
         where, others = self._places(live)
@@ -267,7 +271,7 @@ class MaskAdam(torch.optim.Optimizer):
         self._norms.index_copy_(0, where, norms)
         self.counts.index_copy_(0, where, counts)
         for mask in found:
-            mask.refresh() if compact else mask.module.mark_fresh(mask.prefix)
+            mask.refresh() if compact else mask.mark_fresh()
 
     def _places(self, live: list[int]) -> tuple[Tensor, Tensor]:
         """(L,) positions of these masks, and (L,) how many weights of each have no score.
@@ -295,3 +299,10 @@ class MaskAdam(torch.optim.Optimizer):
         if dropout.general:
             options |= {"generals": [b.view_as(r) for (_, b, _), r in zip(pairs, rows)]}
         return [a.view_as(r) for (a, *_), r in zip(pairs, rows)], options
+
+
+def _kind(mask: Mask | Rows) -> tuple:
+    """What masks of one launch have in common: dtypes of weight and kept weight; nothing where scores are compact."""
+    if mask.selected is not None:
+        return ()
+    return mask.weight.dtype, None if mask.kept is None else mask.kept.dtype

@@ -59,15 +59,15 @@ class Resume:
         state, self._state = self._state, None
         if state is None:
             return None
-        shapes = {mask.key: mask.scores.shape for mask in optimizer.masks}
+        shapes = {mask.key: mask.shape for mask in optimizer.masks}
         if shapes != {key: scores.shape for key, scores in state["scores"].items()}:
             raise UserError(f"{self.path} is another run's: its {len(state['scores'])} masks are not the model's")
-        with torch.no_grad():
-            for mask, scores in zip(optimizer.masks, state["scores"].values()):
-                mask.scores.copy_(scores)
-        held = state["optimizer"]
+        held, found = state["optimizer"], list(state["scores"].values())
         if optimizer.shards:
-            held["state"] = {i: moments for i, moments in held["state"].items() if optimizer.shards.mine(i)}
+            found, held["state"] = optimizer.shards.part(found, held["state"])
+        with torch.no_grad():
+            for mask, scores in zip(optimizer.masks, found):
+                mask.scores.copy_(scores)
         optimizer.load_state_dict(held)
         return state["logged"]
 

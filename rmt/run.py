@@ -213,7 +213,7 @@ def _finish(
         "classnames": list(setup.split.classnames), "confusion": tuned.confusion.tolist(),
         "config": dataclasses.asdict(config), "environment": environment(setup.masks[0].scores.device),
         "steps": len(made.rates), "schedule": made.message,
-        "ranks": world.size, "reduce": world.reduce, "zero": world.zero,
+        "ranks": world.size, "reduce": world.reduce, "zero": world.zero, "shard": world.shard,
     }  # fmt: skip
     write_json(out / RESULT_FILE, result)
     return result

@@ -38,6 +38,10 @@ def shared_train_options(parser: "ArgumentParser") -> None:
     add(
         "--zero", action="store_true", help="keep scores and moments of each mask on one rank alone, to the same result"
     )
+    add(
+        "--shard", action="store_true",
+        help="keep a share of frozen weights, scores, moments and gradients on each rank: the least memory",
+    )  # fmt: skip
     add("--timeout", type=float, default=WAIT_S, help="seconds that a rank waits for the others in any one step")
 
 
@@ -49,7 +53,8 @@ def train(args: "Namespace") -> None:
     check_protocol(args.protocol)
     config, shots = run_config(args), args.shots
     if args.seeds is None and not isinstance(shots, list):
-        with joined(config.device, reduce=args.reduce, zero=args.zero, timeout=args.timeout) as world, world.quiet():
+        layout = {"reduce": args.reduce, "zero": args.zero, "shard": args.shard}
+        with joined(config.device, **layout, timeout=args.timeout) as world, world.quiet():
             run(config, args.out, world=world)
         return
     if launched():

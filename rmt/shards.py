@@ -47,6 +47,12 @@ class Shards:
         """Whether this rank updates mask i."""
         return self.owners[i] == self.world.rank
 
+    def whole_norms(self, norms: Tensor) -> Tensor:
+        """(L,) norms of this rank's masks: whole as they are."""
+        return norms
+
+    whole_counts = whole_norms
+
     def send_away(self) -> None:
         """Frees the scores of others' masks."""
         for i, mask in enumerate(self.masks):
@@ -56,8 +62,10 @@ class Shards:
                 mask.module.mark_fresh(mask.prefix)
 
     @torch.no_grad()
-    def tell(self, counts: Tensor, failed: bool = False) -> None:
+    def tell(self, counts: Tensor, norms: Tensor, live: list[int], failed: bool = False) -> None:
         """After an update: others' bits, with their masked weights, and counts (L, 2) become what their owners have.
+
+        norms, live: of no use here, where a mask's norm is its owner's alone and all masks are told.
 
         failed: this rank's scores became NaN. Raises: ValueError on every other rank then.
         """
@@ -83,6 +91,10 @@ class Shards:
         if looked and not failed and int(counts.min()) < 0:
             who = {self.owners[i] for i in range(len(self.masks)) if int(counts[i, 0]) < 0}
             raise ValueError(f"scores must not be NaN, but some are on rank {', '.join(map(str, sorted(who)))}")
+
+    def part(self, scores: list[Tensor], state: dict[int, dict[str, Tensor]]) -> tuple[list[Tensor], dict]:
+        """Of whole scores, and an optimizer's whole `state` by position, what this rank starts with."""
+        return scores, {i: moments for i, moments in state.items() if self.mine(i)}
 
     def collect(self, scores: list[Tensor], state: dict[int, dict[str, Any]]) -> None:
         """Fills in, on rank 0, what others own: the tensors of `scores`, and of the optimizer's `state` by position."""

@@ -42,7 +42,12 @@ def _last_block(model: nn.Module) -> nn.Module | None:
         and len(visual.transformer.resblocks)
     )
     block = visual.transformer.resblocks[-1] if plain else None
-    if type(block).__name__ != "ResidualAttentionBlock" or hasattr(block, "ln_1_kv") or "forward" in block.__dict__:
+    # fully_shard puts its name before a class's.
+    if (
+        type(block).__name__.removeprefix("FSDP") != "ResidualAttentionBlock"
+        or hasattr(block, "ln_1_kv")
+        or "forward" in block.__dict__
+    ):
         return None
     known = isinstance(block.attn, nn.MultiheadAttention) and not _hooked(block.attn)
     return block if known else None

@@ -6,6 +6,7 @@
 batch or the mask, so that a run can be stopped and taken up again anywhere.
 """
 
+import contextlib
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ from . import clip
 from .checkpoint import count_on
 from .config import TrainConfig, UserError
 from .data import prefetch
+from .fully_sharded import fully_sharded
 from .graph import CapturedStep
 from .masked import Mask, masks
 from .optim import MaskAdam
 from .reduction import Reduction
 from .resume import Resume
+from .row_shards import RowGradients, RowShards
 from .shards import Shards
 from .step import Step
 from .world import World
@@ -46,44 +49,56 @@ def tune(
         world, total: the processes that share every batch, of which `batches` gives this one's share, and the images
             of the whole batch. All of them end with the same scores, bit for bit: gradients are summed before the
             dropout, whose draws are the same everywhere. With `world.zero` each keeps scores and moments of its own
-            masks alone meanwhile; after an error the others' scores are not there any more.
+            masks alone meanwhile, with `world.shard` those of its rows, and of the weights of blocks too; after an
+            error what others had is not there any more.
 
     Raises: UserError for a loss that is not finite, before that step's scores are kept anywhere; and where another
         process is lost, or its masks are no longer these.
     """
-    found, world = masks(model), world or World()
+    world = world or World()
     if config.graph and not world.alone:
         raise UserError(f"graph captures the step of one process, got {world.size} ranks: leave it out")
-    lr = torch.tensor(rates[0], device=found[0].scores.device) if config.graph else rates[0]
-    optimizer = MaskAdam(found, lr=lr, state=config.adam, capturable=config.graph)
-    if not world.alone:
+    sharded = world.shard and not world.alone
+    with fully_sharded(model, world, config.adam) if sharded else contextlib.nullcontext() as rows:
+        found = masks(model)
+        optimizer = _optimizer(found, rates[0], config, world, rows)
+        known = {"seed": seed} if config.graph else {"seed": seed, "total": total}
+        take = (CapturedStep if config.graph else Step)(model, text, optimizer, config, **known)
+        steps = range(resume.steps_done if resume else 0, len(rates))
+        meter = Meter(found, config.temperature, resume.load(optimizer) if resume else None, world, total)
+        if world.zero and optimizer.shards:
+            optimizer.send_away()
+        for step, (image, label) in zip(steps, prefetch(batches, steps)):
+            optimizer.set_lr(rates[step])
+            try:
+                outputs = take(image, label, step)
+            except UserError:
+                raise
+            except ValueError as error:
+                if take.outputs:
+                    meter.losses(*take.outputs)  # a loss that is not finite says so itself
+                raise UserError(f"step {step + 1}: {error}") from error
+            last = step + 1 == len(rates)
+            if (step + 1) % config.log_every == 0 or last:
+                log({"step": step + 1, "lr": rates[step], **meter.losses(*outputs), **meter.masks()})
+            tick(step + 1)
+            if resume:
+                resume.save(optimizer, step + 1, meter.logged, last=last)
+        if world.zero and optimizer.shards:
+            optimizer.shards.bring_back()
+
+
+def _optimizer(found: list[Mask], lr: float, config: TrainConfig, world: World, rows: RowShards | None) -> MaskAdam:
+    """Of all masks, or of this rank's rows of them; with what sums gradients over ranks."""
+    lr = torch.tensor(lr, device=found[0].scores.device) if config.graph else lr
+    optimizer = MaskAdam(rows.rows if rows else found, lr=lr, state=config.adam, capturable=config.graph)
+    if rows:
+        optimizer.gradients, optimizer.shards = RowGradients(world, rows.rows), rows
+    elif not world.alone:
         optimizer.gradients.reduction = Reduction(world, found)
         if world.zero:
             optimizer.shards = Shards(world, found, optimizer.gradients.reduction)
-    known = {"seed": seed} if config.graph else {"seed": seed, "total": total}
-    take = (CapturedStep if config.graph else Step)(model, text, optimizer, config, **known)
-    steps = range(resume.steps_done if resume else 0, len(rates))
-    meter = Meter(found, config.temperature, resume.load(optimizer) if resume else None, world, total)
-    if optimizer.shards:
-        optimizer.send_away()
-    for step, (image, label) in zip(steps, prefetch(batches, steps)):
-        optimizer.set_lr(rates[step])
-        try:
-            outputs = take(image, label, step)
-        except UserError:
-            raise
-        except ValueError as error:
-            if take.outputs:
-                meter.losses(*take.outputs)  # a loss that is not finite says so itself
-            raise UserError(f"step {step + 1}: {error}") from error
-        last = step + 1 == len(rates)
-        if (step + 1) % config.log_every == 0 or last:
-            log({"step": step + 1, "lr": rates[step], **meter.losses(*outputs), **meter.masks()})
-        tick(step + 1)
-        if resume:
-            resume.save(optimizer, step + 1, meter.logged, last=last)
-    if optimizer.shards:
-        optimizer.shards.bring_back()
+    return optimizer
 
 
 class Meter:
@@ -121,7 +136,7 @@ class Meter:
         bits = [mask.bits.cpu().clone() for mask in self.found]
         if not self.world.alone and not self.world.alike(_checksum(bits)):
             raise UserError("the ranks' masks are no longer the same: their machines compute differently")
-        sizes = [mask.weight.numel() for mask in self.found]
+        sizes = [mask.size for mask in self.found]
         off = [size - count_on(b) for size, b in zip(sizes, bits)]
         flips = sum(count_on(a ^ b) for a, b in zip(bits, self.logged))
         self.logged = bits

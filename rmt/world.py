@@ -52,6 +52,7 @@ class World:
     size: int = 1
     reduce: str = "fp32"
     zero: bool = False
+    shard: bool = False
     sent: int = 0
     group: Any = dataclasses.field(default=None, repr=False)
 
@@ -168,6 +169,20 @@ class World:
 
         return wait
 
+    def start_scatter(self, out: Tensor, tensor: Tensor) -> Callable[[], None]:
+        """Begins to sum `tensor` (R c, ...) over R ranks, rank r's part (c, ...) into its `out`; returns a wait."""
+        import torch.distributed as dist
+
+        self.sent += tensor.nbytes
+        with self.talking():
+            work = dist.reduce_scatter_tensor(out, tensor, group=self.group, async_op=True)
+
+        def wait() -> None:
+            with self.talking():
+                work.wait()
+
+        return wait
+
     @contextlib.contextmanager
     def talking(self) -> Iterator[None]:
         """Turns what torch.distributed raises, a lost rank or a time-out, into UserError."""
@@ -217,14 +232,20 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def joined(
-    device: str = "auto", *, reduce: str = "fp32", zero: bool = False, start: float = START_S, timeout: float = WAIT_S
+    device: str = "auto",
+    *,
+    reduce: str = "fp32",
+    zero: bool = False,
+    shard: bool = False,
+    start: float = START_S,
+    timeout: float = WAIT_S,
 ) -> Iterator[World]:
     """Inside, this process is one of those that torchrun has started; without torchrun it is alone.
 
     gloo carries tensors of the CPU, nccl those of CUDA devices, of which rank r of a machine takes number LOCAL_RANK.
 
     Args:
-        device: a run's: auto, cpu or cuda. reduce, zero: see World.
+        device: a run's: auto, cpu or cuda. reduce, zero, shard: see World, which has no two of the last.
         start, timeout: seconds to wait for the others, until all are there and then in any one call.
 
     Raises: UserError for a device that torchrun's ranks cannot share, for too few of them, where ranks are missing
@@ -235,6 +256,8 @@ def joined(
         return
     import torch.distributed as dist
 
+    if zero and shard:
+        raise UserError("zero and shard are two layouts: --shard shards what --zero does, and frozen weights too")
     if not timeout > 0:
         raise UserError(f"timeout must be a number of seconds above 0, got {timeout!r}")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -255,7 +278,7 @@ def joined(
             f"within {start:g} s: {error}"
         ) from error
     try:
-        yield World(rank, size, reduce, zero, group=group)
+        yield World(rank, size, reduce, zero, shard, group=group)
     finally:
         dist.destroy_process_group()
 

@@ -20,7 +20,9 @@ import rmt
 from rmt.agreement import code_sha256
 from rmt.cli import main
 from rmt.config import RunConfig, TrainConfig, UserError, to_yaml
+from rmt.evaluate import load_run, read_run
 from rmt.reduction import Reduction, _buckets, _owners
+from rmt.row_shards import need_rows
 from rmt.run import run
 from rmt.world import World, _meet, joined
 
@@ -70,6 +72,7 @@ def test_ranks_that_share_a_batch_end_with_the_scores_of_one(done, name):
     assert ((got - want).abs() <= CLOSE).float().mean() > 0.999 and clear_bits_agree(got, want)
     for found in ranks:
         assert found["packed"], "bits are those of the scores"
+        assert found["same"], "frozen weights are what they were"
         assert found["rows"] == ranks[0]["rows"] and len(found["rows"]) == 3
     for mine, row in zip(alone["rows"], ranks[0]["rows"]):
         assert row["batch_acc1"] == pytest.approx(mine["batch_acc1"])
@@ -141,6 +144,78 @@ def test_a_sharded_run_goes_on_on_another_number_of_ranks_or_whole(done):
     assert all(torch.equal(done[0][rank]["resharded"]["zero, two, 4"]["scores"], sharded) for rank in range(RANKS))
 
 
+def test_fully_sharded_a_rank_keeps_its_share_of_blocks_and_rows_and_no_masked_weight(done):
+    ranks = [done[0][rank]["shares"] for rank in range(RANKS)]
+    whole = ranks[0]["whole"]
+    # The text tower's list has one block, and is none of like ones.
+    blocks = {name for name in whole if name.startswith("visual.transformer.resblocks.") and "scores" not in name}
+    assert len(blocks) == 2 * 12
+    for name in whole:
+        stored = [found["stored"][name] for found in ranks]
+        if name.endswith("scores"):
+            assert stored == [1] * RANKS
+        elif name in blocks:
+            assert sum(stored) == whole[name] and max(stored) == -(-whole[name] // RANKS), name
+        else:
+            assert stored == [whole[name]] * RANKS, name
+    sizes = [size for name, size in whole.items() if name.endswith("scores")]
+    assert [sum(found["scores"][i] for found in ranks) for i in range(len(sizes))] == sizes
+    assert all(found["dense"] == 0 and found["same"] for found in ranks)
+
+
+def gathered(ranks, towers):
+    """Elements of all blocks of those towers that a rank brings, each parameter's rows padded to as many."""
+    found = 0
+    for name, p in world_tools.tiny.model().named_parameters():
+        if ".resblocks." in name and name.startswith(towers):
+            found += -(-len(p) // ranks) * p[0].numel()
+    return found
+
+
+def test_bytes_that_travel_where_all_is_sharded_are_those_of_the_formula(done):
+    for name, ranks, width, passes in (
+        ("shard, two", 2, 4, 4), ("shard, four, 8 bits", 4, 4, 4), ("shard, bf16", 2, 2, 4),
+        ("shard, three, parts", 3, 4, 2 * 4),
+    ):  # fmt: skip
+        found, shapes = done[0][0][name], [mask.shape for mask in rmt.masks(world_tools.masked())]
+        parts = passes // 4
+        rows = [-(-n // ranks) for n, _ in shapes]
+        scores = sum(c * k for c, (_, k) in zip(rows, shapes))
+        told = sum(4 * c * -(-k // 32) for c, (_, k) in zip(rows, shapes)) + 8 * (3 * len(rows) + ranks)
+        a_step = 2 * parts * width * ranks * scores + told + passes * 4 * gathered(ranks, ("visual.",))
+        # Once: norms and counts of the first step, and at the end scores and weights made whole.
+        once = 16 * len(rows) + 4 * scores
+        assert found["sent"] == 5 * a_step + once + 3 * 40, name
+
+
+def test_a_fully_sharded_run_is_that_of_whole_ones(done):
+    found, whole, sharded = done[0][0]["resharded"], *(done[1] / name for name in ("run", "run sharded"))
+    assert [found[f"shard, two, {n}"]["done"] for n in (2, 1, 4)] == [0, 3, 4]
+    for n in (2, 1):
+        a, b = found[f"two, {n}"]["file"], found[f"shard, two, {n}"]["file"]
+        assert a["scores"].keys() == b["scores"].keys() and a["step"] == b["step"]
+        assert all((a["scores"][key] - b["scores"][key]).abs().max() <= 20 * CLOSE for key in a["scores"])
+        for i, moments in a["optimizer"]["state"].items():
+            theirs = b["optimizer"]["state"][i]
+            assert moments.keys() == theirs.keys()
+            assert all(moments[key].shape == theirs[key].shape for key in moments)
+            assert torch.allclose(moments["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-7)
+    a, b = (json.loads((out / "result.json").read_text()) for out in (whole, sharded))
+    assert (a["shard"], b["shard"]) == (False, True) and a["base_sha256"] == b["base_sha256"]
+    assert b["off"] == pytest.approx(a["off"], rel=1e-3)
+    # The model that was measured afterwards is whole, and has the masks that were saved.
+    assert load_run(*read_run(sharded)).test().metrics() == b["metrics"]
+
+
+def test_what_cannot_be_cut_into_rows_is_refused():
+    with pytest.raises(UserError, match="--shard needs a score for every masked weight"):
+        need_rows(rmt.masks(world_tools.masked(selected=True)), 2, "fp32")
+    found = rmt.masks(world_tools.masked())
+    need_rows(found, 64, "fp32")
+    with pytest.raises(UserError, match="192 weights a rank, which must be a multiple of 256 with moments in 8bit"):
+        need_rows(found, 64, "8bit")
+
+
 def test_gradients_in_bf16_differ_by_its_rounding_and_not_between_ranks(done):
     low, full = ([done[0][rank][name]["scores"] for rank in (0, 1)] for name in ("bf16", "two"))
     assert torch.equal(low[0], low[1])
@@ -168,9 +243,10 @@ def test_what_is_wrong_on_one_rank_is_said_on_every_one_in_time(done):
         "graph": "graph captures the step of one process, got 4 ranks",
         "NaN": "the loss must be finite, got nan",
         "NaN of an owner": "step 1: scores must not be NaN, but some are on rank 2",
+        "NaN of rows": "step 1: scores must not be NaN, but some are on rank 2",
     }.items():
         for rank, said in enumerate(rows):
-            if (name, rank) == ("NaN of an owner", 2):
+            if (name.startswith("NaN of"), rank) == (True, 2):
                 part = "step 1: scores became NaN"
             assert part in said[name][0], (name, rank, said[name])
             assert said[name][1] < 20, (name, rank, said[name])

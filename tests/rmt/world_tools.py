@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from rmt import clip
 from rmt.config import MaskConfig, TrainConfig, UserError, from_yaml
+from rmt.fully_sharded import fully_sharded
 from rmt.masked import disabled, masks
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
@@ -52,6 +53,13 @@ STEPS = {
     "zero, selected": (2, 8, RECIPE, {"zero": True, "selected": True}),
     "zero, a rival": (2, 8, replace(RECIPE, dropout="sign"), {"zero": True}),
     "zero, bf16": (2, 8, RECIPE, {"zero": True, "reduce": "bf16"}),
+    "shard, two": (2, 8, RECIPE, {"shard": True}),
+    "shard, three, parts": (3, 8, replace(RECIPE, accumulate=2), {"shard": True}),
+    "shard, four, 8 bits": (4, 8, replace(RECIPE, adam="8bit"), {"shard": True}),
+    "shard, all on at first": (2, 8, replace(RECIPE, lr=2e-3), {"shard": True, "on": True}),
+    "shard, a rival": (2, 8, replace(RECIPE, dropout="sign"), {"shard": True}),
+    "shard, text tower": (2, 8, RECIPE, {"shard": True, "towers": ("image", "text")}),
+    "shard, bf16": (2, 8, RECIPE, {"shard": True, "reduce": "bf16"}),
 }
 
 
@@ -89,7 +97,8 @@ def tuned(name, world=None, rates=None, **options):
     """Scores, logged rows and bytes sent after the steps of STEPS[name]; world None: alone."""
     _, images, config, how = STEPS[name]
     world, rows, model = world or World(), [], masked(**how)
-    world.sent, world.reduce, world.zero = 0, how.get("reduce", "fp32"), how.get("zero", False)
+    world.sent, world.reduce = 0, how.get("reduce", "fp32")
+    world.zero, world.shard = how.get("zero", False), how.get("shard", False)
     rates = rates or [config.lr] * len(RATES)
     text = TEXT
     if "towers" in how:
@@ -97,11 +106,21 @@ def tuned(name, world=None, rates=None, **options):
         with torch.no_grad(), disabled(model):
             text = clip.Text(model, tokens, F.normalize(model.encode_text(tokens), dim=-1))
     tune(model, text, batches(images, world), rates, config, log=rows.append, world=world, total=images, **options)
-    found = masks(model)
+    found, frozen = masks(model), {k: v for k, v in model.state_dict().items() if not k.endswith(("scores", "bits"))}
+    before = masked(**how).state_dict()
+    same = frozen.keys() <= before.keys() and all(torch.equal(before[name], tensor) for name, tensor in frozen.items())
     packed = all(torch.equal(mask.bits, mask.module._packed_bits(mask.prefix)) for mask in found)
     sizes, words = [mask.scores.numel() for mask in found], [mask.bits.numel() for mask in found]
     sent = world.sent
-    return {"scores": scores(model), "rows": rows, "sent": sent, "sizes": sizes, "words": words, "packed": packed}
+    return {
+        "scores": scores(model),
+        "rows": rows,
+        "sent": sent,
+        "sizes": sizes,
+        "words": words,
+        "packed": packed,
+        "same": same,
+    }
 
 
 def resumed(folder, worlds):
@@ -140,10 +159,24 @@ def held(world):
     return vars(seen)
 
 
+def shares(world):
+    """Elements that this rank keeps of frozen weights, of scores and of kept masked weights, while all is sharded."""
+    model = masked()
+    whole = {name: p.numel() for name, p in model.named_parameters()}
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with fully_sharded(model, world) as rows:
+        local = {name: getattr(p, "_local_tensor", p) for name, p in model.named_parameters()}
+        stored = {name: p.untyped_storage().nbytes() // 4 for name, p in local.items()}
+        found = {"stored": stored, "scores": [row.scores.numel() for row in rows.rows]}
+        found["dense"] = sum(len(module._dense) for module in model.modules() if hasattr(module, "_dense"))
+    found["same"] = all(torch.equal(kept[name], p) for name, p in model.named_parameters())
+    return found | {"whole": whole}
+
+
 def resharded(folder, worlds):
     """Three steps on two ranks, one on one, one on four, each from the last one's file; sharded, and not."""
     found = {}
-    for how in ("two", "zero, two"):
+    for how in ("two", "zero, two", "shard, two"):
         path = folder / f"resharded {how}.pt"
         for ranks, count in ((2, 3), (1, 4), (4, 5)):
             world = World() if ranks == 1 else worlds[ranks]
@@ -178,7 +211,8 @@ def failures(worlds, folder):
         "apart": lambda: tuned_apart(world),
         "graph": lambda: tune(masked(), TEXT, None, [1.0], replace(RECIPE, graph=True), world=world),
         "NaN": lambda: tuned_on_nan(world),
-        "NaN of an owner": lambda: tuned_while_an_owner_fails(world),
+        "NaN of an owner": lambda: tuned_while_an_owner_fails(world, "zero"),
+        "NaN of rows": lambda: tuned_while_an_owner_fails(world, "shard"),
         # A group that has timed out, or lost a rank, is of no use any more: the last two have one each.
         "silence": lambda: time.sleep(1.5 * WAIT_S) if world.rank == 1 else world.sum([1.0]),
         "lost": lambda: tuned_while_one_ends(worlds["spare"], folder),
@@ -208,18 +242,20 @@ def tuned_on_nan(world):
     tune(masked(), TEXT, bad, RATES[:2], replace(RECIPE, log_every=1), world=world, total=8)
 
 
-def tuned_while_an_owner_fails(world):
-    """The update of rank 2's masks comes out as NaN."""
+def tuned_while_an_owner_fails(world, layout):
+    """The update of rank 2's masks, or rows, comes out as NaN."""
 
     def fail(*args, **kwargs):
         raise ValueError("scores became NaN")
 
-    update, world.zero = MaskAdam._update, True
+    update = MaskAdam._update
+    setattr(world, layout, True)
     MaskAdam._update = fail if world.rank == 2 else update
     try:
         tune(masked(), TEXT, batches(8, world), RATES[:2], RECIPE, world=world, total=8)
     finally:
-        MaskAdam._update, world.zero = update, False
+        MaskAdam._update = update
+        setattr(world, layout, False)
 
 
 def tuned_while_one_ends(world, folder):
@@ -251,10 +287,11 @@ def rank_main(rank, folder):
                 found[name] = tuned(name, worlds[ranks])
         found["resumed"] = resumed(folder, worlds)
         found["resharded"], found["held"] = resharded(folder, worlds), held(everyone)
-        everyone.zero = False
-        if worlds[2]:
+        found["shares"], everyone.zero = shares(everyone), False
+        for name in ("run", "run sharded") if worlds[2] else ():
+            worlds[2].shard = name == "run sharded"
             with worlds[2].quiet():
-                run(from_yaml((folder / "config.yaml").read_text()), folder / "run", world=worlds[2])
+                run(from_yaml((folder / "config.yaml").read_text()), folder / name, world=worlds[2])
         torch.save(found, folder / f"rank{rank}.pt")
         dist.barrier()
         (folder / f"said{rank}.json").write_text(json.dumps(failures(worlds, folder)))
