@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import clip
 from .config import MaskConfig, TrainConfig, UserError
 from .devices import Device
+from .fully_sharded import blocks_of
 from .masked import Mask, disabled
 from .masking import apply_masks
 from .optim import MaskAdam
@@ -42,8 +43,8 @@ class StepPlan:
         masks, masked, weights: how many tensors are masked, of how many weights, of how many in the model.
         bytes: by kind, where most is alive; peak: the op that made it so, after its part of the step.
         flops: by role. moved: bytes that weight-sized passes read and write, by op.
-        sizes: numbers of scores, mask for mask. towers, block: weights of the towers that have masks, and of the
-            largest part that one of their lists of layers has.
+        sizes: numbers of scores, mask for mask. sharded: weights of all blocks, as `rmt.fully_sharded` has them.
+        blocks: of each one in the towers that have masks.
     """
 
     masks: int
@@ -54,8 +55,8 @@ class StepPlan:
     flops: dict[str, int] = field(default_factory=dict)
     moved: dict[str, int] = field(default_factory=dict)
     sizes: tuple[int, ...] = ()
-    towers: int = 0
-    block: int = 0
+    sharded: int = 0
+    blocks: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -153,16 +154,15 @@ def _fake(model: nn.Module) -> None:
                 table[name] = made[id(t)]
 
 
-def _layers(model: nn.Module, mask: MaskConfig) -> tuple[int, int]:
-    """Weights of the towers with masks, and of the largest part of a list of layers in them."""
+def _layers(model: nn.Module, mask: MaskConfig) -> tuple[int, tuple[int, ...]]:
+    """Weights of all blocks, and of each one in the towers with masks."""
 
-    def weights(module: nn.Module) -> int:
-        return sum(p.numel() for name, p in module.named_parameters() if not name.endswith("scores"))
+    def weights(root: nn.Module) -> tuple[int, ...]:
+        blocks = [block.named_parameters() for _, _, block in blocks_of(root)]
+        return tuple(sum(p.numel() for name, p in block if not name.endswith("scores")) for block in blocks)
 
     tower = model.visual if mask.towers == ("image",) and not mask.modules else model
-    lists = (m for m in tower.modules() if isinstance(m, nn.ModuleList | nn.Sequential))
-    parts = [weights(part) for m in lists for part in m]
-    return weights(tower), max(parts, default=weights(tower))
+    return sum(weights(model)), weights(tower)
 
 
 def _text(model: nn.Module, classes: int) -> clip.Text:

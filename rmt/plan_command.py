@@ -40,7 +40,7 @@ def options(parser: "ArgumentParser") -> None:
         "--layout",
         type=Literal["replicated", "zero", "sharded"],
         default="replicated",
-        help="what ranks hold in shares: nothing; scores and moments, as rmt train --zero; all, by formula alone",
+        help="what ranks hold in shares: nothing; scores and moments, as rmt train --zero; weights too, as --shard",
     )
     add("--reduce", type=Literal["fp32", "bf16"], default="fp32", help="what gradients travel in")
     add("--link", type=float | None, metavar="GB/s", help="of --world: what a rank sends while it receives as much")
@@ -114,7 +114,7 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
     if args.world > 1 and (args.link is None or args.latency is None):
         raise UserError("several ranks need a link: --link GB/s, that a rank sends, and --latency us, of one message")
     link = Link(1e9 * (1 if args.link is None else args.link), (args.latency or 0) / 1e6, args.overlap)
-    sharing = Sharing(args.layout, args.reduce, 2 if args.precision == "bf16" else 4, args.accumulate)
+    sharing = Sharing(args.layout, args.reduce, args.accumulate)
     steps = _steps(args)
     planned = functools.cache(planned)
     known = -(-args.batch // columns(args.batch, args.world)[-1])
@@ -130,8 +130,6 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
         rate, copy = f"{target.rate / 1e12:,.4g} TFLOP/s", f"{target.copy / 1e9:,.4g} GB/s"
         said += [f"one device: the floor of {target.title}", f"    {rate}, {target.sources['rate']}"]
         said += [f"    {copy}, {target.sources['copy']}"]
-    if args.layout == "sharded":
-        said += ["layout sharded is planned by formula alone: rmt train has replicated and zero (--zero)"]
     title = f"{args.model}, batch {args.batch}, {title}, {args.layout}, gradients in {args.reduce}"
     print(world_as_text(rows, target, title, said))
     if args.json:

@@ -19,6 +19,7 @@ FP32, BYTE = 4, 8  # bytes of a score, its gradient or a weight; packed bits to 
 SIDES = 2  # task and general
 # Bytes that a logged row takes: three fp64 sums, and the checksum of the bits and its negative. See `rmt.train.Meter`.
 METRICS = (24, 16)
+SUMS = 24  # bytes of a mask's norm and its two counts, in fp64
 PASSES = 4  # in which a sharded layout gathers weights: teacher, student, both backward passes
 
 
@@ -51,14 +52,12 @@ class Sharing:
 
     Args:
         layout: one of LAYOUTS. reduce: what gradients travel in, fp32 or bf16.
-        width: bytes of a weight that is gathered in a sharded layout: 2 in bf16.
         accumulate: parts of a rank's share, of which only the last one's passes hide what travels.
         log_every: steps between two rows of numbers, which travel too.
     """
 
     layout: str = "replicated"
     reduce: str = "fp32"
-    width: int = FP32
     accumulate: int = 1
     log_every: int = 10
 
@@ -106,11 +105,13 @@ def owned(plan: StepPlan, ranks: int) -> tuple[list[int], float]:
 
 
 def traffic(plan: StepPlan, ranks: int, sharing: Sharing) -> list[Travel]:
-    """What travels in a step. plan: of any number of images."""
+    """What travels in a step. plan: of any number of images. Rows are taken to be a multiple of the ranks."""
     if ranks == 1:
         return []
     zero = sharing.layout == "zero"
     buckets, share = owned(plan, ranks) if zero else (bucket_bytes(plan.sizes), 1 / ranks)
+    if sharing.layout == "sharded":
+        buckets = [FP32 * size for size in plan.sizes]
     buckets = [n // 2 if sharing.reduce == "bf16" else n for n in buckets] * SIDES
     metrics = Travel("metrics", 2, list(METRICS), every=sharing.log_every)
     if sharing.layout == "replicated":
@@ -118,6 +119,7 @@ def traffic(plan: StepPlan, ranks: int, sharing: Sharing) -> list[Travel]:
     gradients = Travel("gradients", 1, buckets)
     if zero:
         return [gradients, Travel("bits", 1, [ranks * math.ceil(share * plan.masked / BYTE)], gathered=True), metrics]
-    blocks = max(1, round(plan.towers / plan.block))
-    weights = Travel("weights", 1, [plan.towers * sharing.width // blocks] * (PASSES * blocks), gathered=True)
-    return [gradients, weights, metrics]
+    weights = Travel("weights", 1, [FP32 * size for size in plan.blocks] * PASSES, gathered=True)
+    bits = Travel("bits", 1, [math.ceil(plan.masked / BYTE)], gathered=True)
+    sums = Travel("norms and counts", 2, [SUMS * plan.masks + BYTE * ranks])
+    return [gradients, weights, bits, sums, metrics]

@@ -7,8 +7,8 @@ A rank's own part is a plan of its share of the batch (`rmt.plan`). The rest is 
 - replicated, what `rmt train` does by itself (`rmt.reduction`): all is on every rank, both gradients are all-reduced;
 - zero (`rmt.shards`): scores and moments in shares of whole masks. Gradients are reduced to the owner of their bucket,
   which updates its masks alone; bits are gathered, as many a rank as the heaviest tells, and make masked weights anew;
-- sharded, planned alone: weights, masked weight, bits and gradients in equal shares as well. Weights travel for
-  teacher, student and both backward passes; two blocks at a time are whole.
+- sharded (`rmt.fully_sharded`): rows of scores, moments and gradients in equal shares, and weights of blocks, which
+  travel for teacher, student and both backward passes. Every product makes its masked weight anew.
 
 A step takes: its images, shared by all; the weight-sized work, the same whatever the share; and of what travels what
 no product hides: bandwidth and latency. The batch is one, so N ranks are compared with one rank that has all of it.
@@ -23,10 +23,12 @@ from .devices import Device
 from .plan import StepPlan
 from .plan_traffic import BYTE, FP32, SIDES, Link, Sharing, Travel, owned, traffic
 from .reduction import bucket_bytes
+from .row_shards import IN_FLIGHT
 
 TERMS = ("images", "update", "bandwidth", "latency")
 # Q K^T and A V forward, by student and teacher, of those and five products in each backward pass: `rmt.plan`'s counts.
 ATTENTION_BACKWARD = 10 / 14
+PRODUCTS = 3  # that make a sharded layer's masked weight: the student's, and a cotangent's in each backward pass
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,30 @@ def memory(plan: StepPlan, ranks: int, sharing: Sharing) -> dict[str, int]:
     buckets, share, kinds = bucket_bytes(plan.sizes), 1 / ranks, ("scores", "moments")
     if sharing.layout == "zero":
         buckets, share = owned(plan, ranks)
-    found["gradients"] += SIDES * (sum(buckets) - FP32 * plan.masked)
     if sharing.layout == "sharded":
-        kinds = ("scores", "moments", "weights", "masked weight", "bits", "gradients")
+        return _sharded_memory(plan, ranks, sharing)
+    found["gradients"] += SIDES * (sum(buckets) - FP32 * plan.masked)
     for kind in kinds if sharing.layout != "replicated" else ():
         found[kind] = math.ceil(share * found[kind])
     if sharing.reduce == "bf16":
         # At most: copies of all buckets of both sides, on their way until both passes are over.
         found["reduction copies"] = SIDES * sum(buckets) // 2
-    if sharing.layout == "sharded":
-        # One block in use and one on its way; the gradients of one bucket that is whole, and of one that is sent.
-        found["gathered"] = 2 * plan.block * sharing.width
-        found["gradients"] += 2 * max(buckets)
+    return found
+
+
+def _sharded_memory(plan: StepPlan, ranks: int, sharing: Sharing) -> dict[str, int]:
+    found = dict(plan.bytes)
+    for kind in ("scores", "moments"):
+        found[kind] = math.ceil(found[kind] / ranks)
+    found["weights"] -= math.floor(FP32 * plan.sharded * (1 - 1 / ranks))
+    # A block as it arrives, and as its layers read it; and one product's masked weight.
+    found["gathered"] = 2 * FP32 * max(plan.blocks, default=0)
+    found["masked weight"] = FP32 * max(plan.sizes)
+    # Sums of both sides' rows; whole gradients on their way, those that came back among them, and one being made.
+    travelling = min(plan.masked, IN_FLIGHT // FP32) + max(plan.sizes)
+    found["gradients"] = math.ceil(SIDES * FP32 * plan.masked / ranks) + FP32 * travelling
+    if sharing.reduce == "bf16":
+        found["reduction copies"] = FP32 * travelling // 2
     return found
 
 
@@ -165,11 +179,12 @@ def weight_sized(plan: StepPlan, ranks: int, sharing: Sharing) -> float:
     alone = sum(plan.moved.values())
     if ranks == 1 or sharing.layout == "replicated" or not alone:
         return 1.0
-    if sharing.layout == "sharded":
-        return 1 / ranks
-    update, share = plan.moved.get("mask_update_", 0), owned(plan, ranks)[1]
+    update = plan.moved.get("mask_update_", 0)
     # The frozen weight and bits read, the masked weight written.
     anew = plan.masked * (FP32 + 1 / BYTE) + plan.bytes["masked weight"]
+    if sharing.layout == "sharded":
+        return (alone + (1 / ranks - 1) * update + PRODUCTS * anew) / alone
+    share = owned(plan, ranks)[1]
     return (alone + (1 - share) * (anew - update)) / alone
 
 
@@ -179,9 +194,9 @@ def unhidden(plan: StepPlan, ranks: int, sharing: Sharing, link: Link, products:
     whole = {travel.kind: sum(travel.seconds(ranks, link)) for travel in going}
     hidden = {"gradients": 0.0}
     if sharing.layout == "sharded":
-        # Weights come ahead of every product, so all products hide something.
-        both = whole.get("gradients", 0) + whole.get("weights", 0)
-        hidden = {kind: min(1.0, products / both) if both else 0.0 for kind in ("gradients", "weights")}
+        # A block's weights come when it is called, and not ahead of it: nothing hides them.
+        gradients = whole.get("gradients", 0.0)
+        hidden["gradients"] = min(1.0, products / gradients) if gradients else 0.0
     elif whole.get("gradients"):
         tail = gradients_tail(plan, ranks, link, products / sharing.accumulate, going[0])
         hidden["gradients"] = 1 - tail / whole["gradients"]
