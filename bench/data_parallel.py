@@ -1,6 +1,7 @@
 """One training step shared by processes on this machine, measured against `rmt plan --world`.
 
     python bench/data_parallel.py [--json FILE]          ViT-B/32, batch 32 in total, at 1, 2 and 4 gloo processes
+    python bench/data_parallel.py --layouts [--json FILE]    replicated, zero and sharded on 2 processes
     python bench/data_parallel.py --quick                a small model, once: that it works; its numbers say nothing
 
 Random weights and images, a few bits off. A process has one thread and one core, its rank modulo the cores there are;
@@ -12,6 +13,9 @@ The plan knows of this machine what is measured here, in the same run, without a
 of the batch in one process alone, and in as many at once as there are cores, which share their memory; bandwidth and
 latency of gloo's all_reduce between two processes. Processes beyond the cores take turns on them, so that computing
 and sending take as many times as long. Nothing overlaps: sending takes the cores that compute. Rows: bench/README.md.
+
+--layouts: what a rank holds at most in a step, the bytes that it hands over, and the time, of each layout that
+`rmt train` has. Memory is the process's, with what Python and torch take (`empty_bytes`: before there is a model).
 """
 
 import argparse
@@ -37,7 +41,7 @@ sys.path[:0] = [str(ROOT)]
 from rmt.config import MaskConfig, TrainConfig  # noqa: E402
 from rmt.masking import apply_masks  # noqa: E402
 from rmt.plan import plan_step  # noqa: E402
-from rmt.plan_traffic import Link, Sharing  # noqa: E402
+from rmt.plan_traffic import LAYOUTS, Link, Sharing  # noqa: E402
 from rmt.plan_world import Rates, plan_rank  # noqa: E402
 from rmt.train import tune  # noqa: E402
 from rmt.world import World, joined  # noqa: E402
@@ -64,13 +68,25 @@ QUICK = Setup("ViT-S-32-alt", 64, 8, 2, 1)
 
 @dataclass(frozen=True)
 class Variant:
-    """processes at once, each of `batch` images, or sharing them; link: no step, the all_reduce alone."""
+    """processes at once, each of `batch` images, or sharing them in a layout; link: no step, the all_reduce alone."""
 
     processes: int
     batch: int
     sharing: bool = False
     threads: int = 1
     link: bool = False
+    layout: str = "replicated"
+
+
+def resident(peak: bool) -> int:
+    """Bytes of this process, now or at most since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    name = "VmHWM:" if peak else "VmRSS:"
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def work(setup: Setup, variant: Variant) -> dict:
@@ -78,7 +94,8 @@ def work(setup: Setup, variant: Variant) -> dict:
     rank, cores = int(os.environ.get("RANK", 0)), sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[(rank + n) % len(cores)] for n in range(variant.threads)])
     torch.set_num_threads(variant.threads)
-    with joined("cpu", timeout=LIMIT_S) as world:
+    layout = {"zero": variant.layout == "zero", "shard": variant.layout == "sharded"}
+    with joined("cpu", **layout, timeout=LIMIT_S) as world:
         return time_link(world) if variant.link else time_steps(setup, variant, world)
 
 
@@ -98,6 +115,7 @@ def time_link(world: World) -> dict:
 def time_steps(setup: Setup, variant: Variant, world: World) -> dict:
     import open_clip
 
+    empty = resident(peak=False)
     torch.manual_seed(0)
     model = open_clip.create_model(setup.model, pretrained=None, force_image_size=setup.size).eval()
     side = model.visual.image_size
@@ -113,14 +131,21 @@ def time_steps(setup: Setup, variant: Variant, world: World) -> dict:
     config = TrainConfig(batch=variant.batch, strength=STRENGTH, lr=LR, log_every=LOG_EVERY)
     world.sum([0.0])  # until all are there
     world.sent = 0
-    ends, rows = [time.perf_counter()], []
+    ends, rows, peaks = [time.perf_counter()], [], []
+
+    def tick(step: int) -> None:
+        # The first step makes what is kept.
+        forget_peak() if step == 1 else peaks.append(resident(peak=True))
+        ends.append(time.perf_counter())
+
     tune(
-        model, text, lambda step: (image, label), [LR] * (WARM + setup.steps), config, log=rows.append,
-        tick=lambda step: ends.append(time.perf_counter()), world=world if variant.sharing else None,
+        model, text, lambda step: (image, label), [LR] * (WARM + setup.steps), config, log=rows.append, tick=tick,
+        world=world if variant.sharing else None,
         total=variant.batch if variant.sharing and not world.alone else None,
     )  # fmt: skip
     taken = [end - start for start, end in pairwise(ends)][WARM:]
-    return {"seconds": taken, "task": rows[-1]["task"], "sent": world.sent, "rows": len(rows)}
+    memory = {"peak_bytes": max(peaks), "empty_bytes": empty}
+    return {"seconds": taken, "task": rows[-1]["task"], "sent": world.sent, "rows": len(rows)} | memory
 
 
 def launch(setup: Setup, variant: Variant) -> list[dict]:
@@ -172,6 +197,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=Setup.steps, help="timed ones of each process")
     parser.add_argument("--rounds", type=int, default=Setup.rounds, help="how often all variants take their turns")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--layouts", action="store_true", help="the layouts of two processes instead")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -186,19 +212,41 @@ def main() -> int:
     rates = {n: [Variant(n, images) for images in (b // 4, 3 * b // 4)] for n in busy}
     links = {n: Variant(n, 0, link=True) for n in RANKS if n > 1}
     variants = [two, *shared.values(), *(v for row in rates.values() for v in row), *links.values()]
+    if args.layouts:
+        variants = [Variant(2, b, sharing=True, layout=layout) for layout in LAYOUTS]
     said: dict[Variant, list[dict]] = {v: [] for v in variants}
     with harness.progress(len(variants) * setup.rounds, "variants") as bar:
         for _ in range(setup.rounds):
             for variant in variants:
                 said[variant] += launch(setup, variant)
                 bar.update()
-    rows = judge(setup, cores, two, shared, rates, links, said)
+    rows = layouts(setup, said) if args.layouts else judge(setup, cores, two, shared, rates, links, said)
     if args.json:
         base = harness.provenance(torch.device("cpu")) | {"bench": "data_parallel", "cores": cores, "quick": args.quick}
         harness.write_json(args.json, [base | row for row in rows])
     good = all(row["good"] for row in rows if "good" in row)
     # A quick run shows that all is there; how fast, it cannot say.
     return 0 if args.quick else int(not good)
+
+
+def layouts(setup: Setup, said: dict[Variant, list[dict]]) -> list[dict]:
+    """A row for each layout, of its rank that holds most. Prints them; raises SystemExit where losses differ."""
+    rows, lines, loss = [], [], next(iter(said.values()))[0]["task"]
+    for variant, ranks in said.items():
+        if any(abs(one["task"] - loss) > LOSS * abs(loss) for one in ranks):
+            raise SystemExit(f"{variant.layout}: losses {[one['task'] for one in ranks]}, and {loss} replicated")
+        ms = 1e3 * statistics.median(s for one in ranks for s in one["seconds"])
+        peak, sent = max(one["peak_bytes"] for one in ranks), max(one["sent"] for one in ranks)
+        rows.append({
+            "what": "layout", "model": setup.model, "batch": setup.batch, "processes": variant.processes,
+            "layout": variant.layout, "ms": ms, "peak_bytes": peak, "empty_bytes": ranks[0]["empty_bytes"],
+            "handed": sent / (WARM + setup.steps),
+        })  # fmt: skip
+        mib = [f"{n / 2**20:,.1f}" for n in (peak, ranks[0]["empty_bytes"], rows[-1]["handed"])]
+        lines.append([variant.layout, f"{ms:.1f}", *mib])
+    print(f"\n{setup.model}, batch {setup.batch}, two processes; handed over: all of a run, over its steps")
+    harness.print_table(["layout", "ms", "peak MiB", "empty MiB", "handed MiB"], lines)
+    return rows
 
 
 def judge(
