@@ -15,7 +15,8 @@ latency of gloo's all_reduce between two processes. Processes beyond the cores t
 and sending take as many times as long. Nothing overlaps: sending takes the cores that compute. Rows: bench/README.md.
 
 --layouts: what a rank holds at most in a step, the bytes that it hands over, and the time, of each layout that
-`rmt train` has. Memory is the process's, with what Python and torch take (`empty_bytes`: before there is a model).
+`rmt train` has. Memory is the process's, with what Python and torch take (`empty_bytes`: before there is a model), and
+with MALLOC_MMAP_THRESHOLD_ set: by itself glibc keeps much of what is freed, most where most is gathered and freed.
 """
 
 import argparse
@@ -213,6 +214,7 @@ def main() -> int:
     links = {n: Variant(n, 0, link=True) for n in RANKS if n > 1}
     variants = [two, *shared.values(), *(v for row in rates.values() for v in row), *links.values()]
     if args.layouts:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
         variants = [Variant(2, b, sharing=True, layout=layout) for layout in LAYOUTS]
     said: dict[Variant, list[dict]] = {v: [] for v in variants}
     with harness.progress(len(variants) * setup.rounds, "variants") as bar:
