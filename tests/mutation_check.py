@@ -226,7 +226,7 @@ MUTATIONS = [
     ("eps dropped", "csrc/cpu/gradient.h", "std::fabs(b[j]) + 1e-8f)", "std::fabs(b[j]) + 1e-30f)", CPU),
     ("rows of a layer draw as its first ones", "csrc/cpu/simd.h", "group += draw.offset / 4;", "", UPDATE),
     ("moments of a shard are rounded as the first one's", "csrc/cuda/mask_update.cu",
-     "layer.stream + kRoundingStream, layer.offset + at", "layer.stream + kRoundingStream, at", EMULATED),
+     "layer.stream + kRoundingStream, drawn", "layer.stream + kRoundingStream, at", EMULATED),
     ("draw of a neighbour", "csrc/cpu/gradient.h",
      "static_cast<uint64_t>(first + j) / 4, words + j)", "static_cast<uint64_t>(first + j) / 4 + 1, words + j)", CPU),
     ("flipped word not rewritten", "csrc/cpu/mask_update.cpp",

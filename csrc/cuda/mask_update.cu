@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
   const int64_t at = row * layer.columns + column;
   const int count = live ? static_cast<int>(max(int64_t{0}, min(int64_t{4}, layer.columns - column))) : 0;
   const bool whole = layer.vectors && count == 4;
+  const uint64_t drawn = layer.offset + at;  // added up where it is used, it makes the kernel for 8 bits spill
 
   float g[4], b[4], w[4], s[4], m[4], v[4];  // all loads before the first use
   load4(layer.grad, at, count, whole, g);
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
   }
   uint32_t random[4] = {};
   if constexpr (kGeneral) {
-    philox_words_at(step.rng[0], step.rng[1], layer.stream, layer.offset + at, random);
+    philox_words_at(step.rng[0], step.rng[1], layer.stream, drawn, random);
 #pragma unroll
     for (int i = 0; i < 4; ++i) g[i] = drop(g[i], b[i], to_uniform(random[i]), step.rest);
   }
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
     }
   }
   if constexpr (kMoments != kMomentsF32) {
-    philox_words_at(step.rng[0], step.rng[1], layer.stream + kRoundingStream, layer.offset + at, random);
+    philox_words_at(step.rng[0], step.rng[1], layer.stream + kRoundingStream, drawn, random);
   }
   store_moment<kMoments, true>(layer.exp_avg, at, count, whole, exponents[0], random, m);
   store_moment<kMoments, false>(layer.exp_avg_sq, at, count, whole, exponents[1], random, v);
