@@ -25,6 +25,8 @@ def options(parser: "ArgumentParser") -> None:
         default=None,
         help="ray: the cluster's (default: RAY_ADDRESS, or one that is here)",
     )
+    about = "ray: keep one backbone in the memory of each GPU, for all runs on it (no GPU has confirmed it)"
+    add("--hold", action="store_true", help=about)
     about = "slurm: parameters of submitit's executor: '{timeout_min: 60, gpus_per_node: 1, slurm_partition: a100}'"
     add("--slurm", type=dict[str, Any], default={}, help=about)
     add("--dry-run", action="store_true", help="list the runs and how they stand, and write nothing")
@@ -34,7 +36,9 @@ def command(args: "Namespace") -> None:
     """Runs the sweep, or lists it. Raises UserError; where runs failed, after the others."""
     from .sweep.drive import Engine, planned, sweep
 
-    engine = Engine(args.engine, args.workers, args.retries, args.cpus, args.gpus, args.address, args.slurm)
+    engine = Engine(
+        args.engine, args.workers, args.retries, args.cpus, args.gpus, args.address, args.slurm, args.hold
+    )  # fmt: skip
     if args.dry_run:
         found = planned(args.sweep, args.out)
         for job, state in found:

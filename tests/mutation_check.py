@@ -85,6 +85,8 @@ MUTATIONS = [
      "(self.owners[n] + 1) % self.world.size if self.owners", RANKS),
     ("bits of scores that are elsewhere are packed", "rmt/compact.py", "if prefix in self._away:", "if False:", WORLD),
     ("a rank's loss weighs as if it had the whole batch", "rmt/step.py", "(total or len(image))", "len(image)", RANKS),
+    ("sweep: a held backbone is copied", "rmt/sweep/share.py", "if held is None else held[name]",
+     "if held is None else held[name].clone()", ["tests/rmt/test_sweep.py", "-k", "holder"]),
     ("sweep: a run has two rows", "rmt/sweep/table.py", 'if row["id"] in self.rows:', "if not row:", SWEEP),
     ("sweep: a run is the same on other data", "rmt/sweep/identity.py", '"data": contents.of_data(run.config)',
      '"data": ""', SWEEP),

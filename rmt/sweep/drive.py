@@ -29,7 +29,8 @@ ENGINES = ("local", "ray", "slurm")
 class Engine:
     """What runs the runs. workers: most at once; None: what fits. retries: of a run whose process or node was lost.
 
-    cpus, gpus: that a run takes on a Ray cluster. address: of that. slurm: parameters of submitit's.
+    cpus, gpus: that a run takes on a Ray cluster. address: of that. hold: one backbone for all runs on a device there.
+    slurm: parameters of submitit's.
     """
 
     name: str = "local"
@@ -39,6 +40,7 @@ class Engine:
     gpus: float = 0.0
     address: str | None = None
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hold: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in ENGINES:
@@ -60,7 +62,8 @@ class Engine:
         if self.name == "ray":
             from . import ray
 
-            return ray.outcomes(jobs, out, address=self.address, cpus=self.cpus, gpus=self.gpus, **common)
+            resources = {"cpus": self.cpus, "gpus": self.gpus, "hold": self.hold}
+            return ray.outcomes(jobs, out, address=self.address, **resources, **common)
         from . import slurm
 
         return slurm.outcomes(jobs, out, parameters=self.slurm, **common)

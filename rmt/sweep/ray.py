@@ -3,7 +3,7 @@
 The driver reads each model and data set once and puts them into the store; a node fetches them once, and its processes
 see one copy of the arrays (`rmt.sweep.share`). OUT, models and data must be where all nodes see them: the nodes are
 asked before the first run starts. Several runs go onto one GPU with a fraction of it: each process then has its own
-copy of the backbone there, since device memory is not in the store.
+copy of the backbone there, or all map one that a holder keeps (`rmt.sweep.holder`).
 """
 
 import math
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..config import UserError
 from ..files import write_whole
+from .holder import holders, mapper
 from .identity import code_sha256
 from .jobs import Job
 from .lock import SKEW
@@ -32,6 +33,7 @@ SEEN_FILE = ".seen-by-all-nodes"
 
 def outcomes(
     jobs: Sequence[Job], out: Path, *, address: str | None, workers: int | None, retries: int, cpus: float, gpus: float,
+    hold: bool = False,
 ) -> Iterator[dict[str, Any] | int]:  # fmt: skip
     """Runs the jobs. Yields a row for each that ended and, in between, how many are running at most.
 
@@ -40,6 +42,7 @@ def outcomes(
     Args:
         address: of the cluster; None: RAY_ADDRESS, a cluster that runs on this machine, or a new one here.
         workers: most runs at once; None: as many as fit. cpus, gpus: that a run takes; parts of 1 are allowed.
+        hold: whether runs on one device share one copy of the backbone in its memory.
 
     Raises: UserError where there is no such cluster, no node that fits, or a node lacks what runs need, named.
     """
@@ -49,7 +52,8 @@ def outcomes(
         _need_choice(nodes, jobs, gpus)
         _need_nodes(ray, nodes, jobs, out)
         models, files = _put_all(ray, nodes, jobs)
-        yield from _run(ray, jobs, models, files, workers=workers, retries=retries, cpus=cpus, gpus=gpus)
+        made = holders(ray, nodes) if hold else {}
+        yield from _run(ray, jobs, models, files, made, workers=workers, retries=retries, cpus=cpus, gpus=gpus)
     finally:
         if own:
             ray.shutdown()
@@ -131,20 +135,22 @@ def _need_nodes(ray, nodes: Sequence[dict], jobs: Sequence[Job], out: Path) -> N
     places = {run.config.data or run.config.root for run in (job.run for job in jobs)}
     places |= {job.run.config.model.partition(":")[2] for job in jobs if job.run.config.model.startswith("local-dir:")}
     token = out.absolute() / SEEN_FILE
-    write_whole(token, b"")
     look, began = ray.remote(num_cpus=0, max_retries=0)(_look), time.time()
-    asked = {
-        look.options(scheduling_strategy=On(n["NodeID"], soft=False)).remote(sorted(places), str(token)): n
-        for n in nodes
-    }  # fmt: skip
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)
-    if late:
-        raise UserError(
-            f"node {_name(asked[late[0]])} has not answered for {ANSWER:.0f} s: leave it out, or see its log"
-        )
-    for ref in ready:
-        _need_node(ray, _name(asked[ref]), ref, began, out)
-    token.unlink(missing_ok=True)
+    write_whole(token, b"")
+    try:
+        asked = {
+            look.options(scheduling_strategy=On(n["NodeID"], soft=False)).remote(sorted(places), str(token)): n
+            for n in nodes
+        }  # fmt: skip
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER)
+        if late:
+            raise UserError(
+                f"node {_name(asked[late[0]])} has not answered for {ANSWER:.0f} s: leave it out, or see its log"
+            )
+        for ref in ready:
+            _need_node(ray, _name(asked[ref]), ref, began, out)
+    finally:
+        token.unlink(missing_ok=True)
 
 
 def _need_node(ray, name: str, ref, began: float, out: Path) -> None:
@@ -192,15 +198,19 @@ def data_key(config) -> tuple[str, ...]:
     return (config.data,) if config.root is None else (config.root, config.dataset)
 
 
-def _task(folder: str, model: Model | None, files: Files | None) -> dict[str, Any]:
+def _task(folder: str, models: list[Any], files: Files | None, made: dict[tuple[str, str], Any]) -> dict[str, Any]:
+    """models: a reference or None, in a list: by itself Ray would put the model in the reference's place."""
     import ray
 
-    with handed(model, files):
+    (model,) = models
+    held = {"held": mapper(made, model)} if made and model is not None else {}
+    with handed(None if model is None else ray.get(model), files, **held):
         return execute(folder, f"{socket.gethostname()} ({ray.util.get_node_ip_address()})")
 
 
 def _run(
-    ray, jobs: Sequence[Job], models: dict, files: dict, *, workers: int | None, retries: int, cpus: float, gpus: float,
+    ray, jobs: Sequence[Job], models: dict, files: dict, made: dict, *, workers: int | None, retries: int, cpus: float,
+    gpus: float,
 ) -> Iterator[dict[str, Any] | int]:  # fmt: skip
     # retry_exceptions stays off: what a run raises it would raise again. A lost process or node is what is retried.
     task = ray.remote(
@@ -213,7 +223,7 @@ def _run(
         while waiting and len(pending) < (workers or len(jobs)):
             job = waiting.pop()
             model, data = models[model_key(job.run.config)], files[data_key(job.run.config)]
-            pending[task.remote(str(job.folder.absolute()), model, data)] = job
+            pending[task.remote(str(job.folder.absolute()), [model], data, made)] = job
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
         for ref in ready:
             yield _row(ray, ref, pending.pop(ref), retries)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .. import clip
 from ..config import RunConfig
 from ..data import images, read
 
+Held = Callable[[torch.device], Mapping[str, Tensor] | None]
 # Bytes of one data set's files; a larger one is read by each run, from its node's disk.
 DATA_LIMIT = 2 << 30
 
@@ -59,25 +60,28 @@ def model_key(config: RunConfig) -> tuple[str, str | None, int | None]:
 def pack_model(config: RunConfig) -> Model:
     """Reads a run's model. Raises UserError where open_clip cannot load it."""
     loaded = clip.load(*model_key(config), torch.device("cpu"))
-    arrays = {name: tensor.detach().numpy() for name, tensor in _tensors(loaded.model)}
+    arrays = {name: tensor.detach().numpy() for name, tensor in named_tensors(loaded.model)}
     # On meta, tensors are pickled without their numbers; the arrays keep those.
     loaded.model.to("meta")
     return Model(model_key(config), pickle.dumps(loaded), arrays)
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer, also the buffers that no state dict holds, by each of its names."""
     both = (model.named_parameters, model.named_buffers)
     return [pair for named in both for pair in named(remove_duplicate=False)]
 
 
-def unpack_model(packed: Model, device: torch.device) -> clip.Clip:
-    """A new Clip around the arrays: on the CPU it shares their memory, on another device it is a copy."""
+def unpack_model(packed: Model, device: torch.device, held: Mapping[str, Tensor] | None = None) -> clip.Clip:
+    """A new Clip around the arrays: on the CPU it shares their memory, on another device it is a copy.
+
+    held: tensors of these names that are on the device already, to be used in place of the arrays.
+    """
     loaded = pickle.loads(packed.skeleton)
-    for name, old in _tensors(loaded.model):
+    for name, old in named_tensors(loaded.model):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the array must not be written: nothing here does
-            tensor = torch.from_numpy(packed.arrays[name]).to(device)
+            tensor = torch.from_numpy(packed.arrays[name]).to(device) if held is None else held[name]
         owner, _, leaf = name.rpartition(".")
         module = loaded.model.get_submodule(owner)
         if isinstance(old, nn.Parameter):
@@ -102,10 +106,13 @@ def pack_files(config: RunConfig) -> Files | None:
 
 
 @contextlib.contextmanager
-def handed(model: Model | None, files: Files | None) -> Iterator[None]:
-    """Inside, this process's runs take the model and the files from here in place of a disk."""
+def handed(model: Model | None, files: Files | None, held: Held = lambda device: None) -> Iterator[None]:
+    """Inside, this process's runs take the model and the files from here in place of a disk.
+
+    held: device -> the model's tensors that are there already, or None.
+    """
     if model is not None:
-        clip.HANDED[model.key] = lambda device: unpack_model(model, device)
+        clip.HANDED[model.key] = lambda device: unpack_model(model, device, held(device))
     if files is not None:
         starts = [0, *files.ends.tolist()]
         view = memoryview(files.blob)

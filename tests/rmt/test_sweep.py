@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
 from rmt import clip
 from rmt.cli import main
-from rmt.config import UserError
+from rmt.config import RunConfig, UserError, build
 from rmt.report_compare import report
-from rmt.sweep import identity, local, lock, share, work
+from rmt.sweep import holder, identity, local, lock, share, work
 from rmt.sweep.drive import Engine, planned, sweep
+from rmt.sweep.holder import Holder
 from rmt.sweep.identity import Contents, identify
 from rmt.sweep.jobs import Job
 from rmt.sweep.lock import LOCK_FILE, locked
@@ -389,3 +391,32 @@ def test_slurm_by_submitit_s_local_executor(files, tmp_path):
 def test_an_engine_is_checked(given, message):
     with pytest.raises(UserError, match=message):
         Engine(**given)
+
+
+READER = """
+import sys
+from rmt.sweep.holder import mapped
+
+found = mapped(sys.stdin.buffer.read())
+print(sum(t.double().sum().item() for t in found.values()))
+next(iter(found.values())).flatten()[0] = 7.0
+"""
+
+
+def test_what_a_holder_keeps_another_process_maps_and_does_not_copy(files):
+    """The other process writes a number, which no run does, and the holder sees it."""
+    packed = share.pack_model(build(RunConfig, files[1]["base"], "a test"))
+    kept = Holder()
+    handles = kept.handles(packed, "cpu")
+    again = kept.handles(packed, "cpu")
+    assert len(handles) < 0.2 * packed.size, "handles, no numbers"
+    command, env = [sys.executable, "-c", READER], os.environ | {"PYTHONPATH": str(Path(clip.__file__).parents[1])}
+    said = [subprocess.run(command, input=sent, env=env, capture_output=True, timeout=60) for sent in (handles, again)]
+    assert [one.returncode for one in said] == [0, 0], said[0].stderr.decode()
+    mine = holder.mapped(kept.handles(packed, "cpu"))
+    first = next(iter(mine.values())).flatten()
+    assert first[0] == 7.0 and first.data_ptr() == next(iter(kept._kept.values()))[next(iter(mine))].data_ptr()
+    total = sum(float(array.astype("f8").sum()) for array in packed.arrays.values())
+    assert float(said[0].stdout) == pytest.approx(total)
+    made = share.unpack_model(packed, torch.device("cpu"), mine).model.state_dict()
+    assert all(made[name].data_ptr() == mine[name].data_ptr() for name in made)

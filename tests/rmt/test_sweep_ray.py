@@ -70,6 +70,25 @@ def test_a_sweep_survives_a_lost_node_and_reads_the_backbone_once(tmp_path, monk
     assert len({row["host"] for row in rows}) >= 2, "runs are spread over nodes"
 
 
+def test_runs_on_one_device_map_one_backbone(tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'rmt[ray]'")
+    data, model = tiny.splits(tmp_path / "data", train=4, test=3), tiny.model_folder(tmp_path / "model")
+    base = {"model": model, "data": str(data), "device": "cpu", "train": {"lr": 2e-3, "steps": 4, "batch": 8}}
+    spec = tmp_path / "sweep.yaml"
+    spec.write_text(yaml.safe_dump({"base": base, "shots": [2], "seeds": [1, 2]}))
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        rows = sweep(spec, tmp_path / "held", Engine("ray", hold=True))
+    finally:
+        ray.shutdown()
+    alone = sweep(spec, tmp_path / "alone", Engine("local", workers=1))
+    assert [row["status"] for row in rows] == ["done"] * 2
+    for mine, theirs in zip(rows, alone):
+        assert mine["acc1"] == theirs["acc1"]
+        log = (tmp_path / "held" / "runs" / mine["run"] / "log.txt").read_text()
+        assert "backbone   mapped from its holder's memory" in log
+
+
 def _kill_one(nodes, folder: Path, killed: list[str]) -> None:
     """The node of the first run that is seen at work, after its first step."""
     until = time.monotonic() + LIMIT
