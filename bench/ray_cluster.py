@@ -69,6 +69,8 @@ def _start(words: list[str], log: Path, before: list[str]) -> subprocess.Popen:
     command = [*before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
                "--object-store-memory=100000000", *words]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_DISABLE_IMPORT_WARNING": "1", "OMP_NUM_THREADS": "1"}
+    # A token that some other Ray has left at home would be asked for on one side and not given on the other.
+    environment["RAY_AUTH_MODE"] = "disabled"
     with open(log, "ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
 

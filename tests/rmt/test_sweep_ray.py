@@ -27,7 +27,7 @@ def test_a_sweep_survives_a_lost_node_and_reads_the_backbone_once(tmp_path, monk
     from ray_cluster import cluster, wait_for_nodes
 
     data = tiny.splits(tmp_path / "data", train=4, test=3)
-    train = {"lr": 2e-3, "steps": 40, "batch": 8, "log_every": 1, "save_every": 0}
+    train = {"lr": 2e-3, "steps": 150, "batch": 8, "log_every": 1, "save_every": 0}
     base = {"model": tiny.model_folder(tmp_path / "model"), "data": str(data), "device": "cpu", "train": train}
     spec = tmp_path / "sweep.yaml"
     # One run has a mistake of its user's in it: it fails alone, and is not tried again.
@@ -70,12 +70,13 @@ def test_a_sweep_survives_a_lost_node_and_reads_the_backbone_once(tmp_path, monk
     assert len({row["host"] for row in rows}) >= 2, "runs are spread over nodes"
 
 
-def test_runs_on_one_device_map_one_backbone(tmp_path):
+def test_runs_on_one_device_map_one_backbone(tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'rmt[ray]'")
     data, model = tiny.splits(tmp_path / "data", train=4, test=3), tiny.model_folder(tmp_path / "model")
     base = {"model": model, "data": str(data), "device": "cpu", "train": {"lr": 2e-3, "steps": 4, "batch": 8}}
     spec = tmp_path / "sweep.yaml"
     spec.write_text(yaml.safe_dump({"base": base, "shots": [2], "seeds": [1, 2]}))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray leaves a token in the home folder
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         rows = sweep(spec, tmp_path / "held", Engine("ray", hold=True))
