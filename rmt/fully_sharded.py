@@ -49,7 +49,7 @@ def fully_sharded(model: nn.Module, world: World, adam: str = "fp32") -> Iterato
     yield shards
     shards.bring_back()
     for (parent, name, block), twin in zip(blocks, twins):
-        _fill(block, twin)
+        _fill(block, twin, world)
         parent._modules[name] = block
 
 
@@ -101,12 +101,14 @@ def _scores(block: nn.Module) -> set[nn.Parameter]:
 
 
 @torch.no_grad()
-def _fill(block: nn.Module, twin: nn.Module) -> None:
+def _fill(block: nn.Module, twin: nn.Module, world: World) -> None:
     """Gives a block its tensors back. Collective."""
     theirs, scores = dict(twin.named_parameters()), _scores(block)
     for name, parameter in block.named_parameters():
         if parameter not in scores:
-            parameter.data = theirs[name].full_tensor()
+            world.sent += theirs[name].to_local().nbytes
+            with world.talking():
+                parameter.data = theirs[name].full_tensor()
 
 
 class _Gather:

@@ -4,13 +4,13 @@
 
 Rank r of R has rows [r c, r c + c) of an (N, K) mask, c = ceil(N / R); the last ranks may have fewer, or none. Products
 need no scores, and those never travel: bits, 1/32 of a weight, are whole on every rank, and told after each update. A
-gradient is summed to the owners of its rows as soon as a product hands it over, and its buffer is free again.
-Draws are those of the whole mask, at the rows' offset in it. The one number that is not a row's own is the norm in the
-L2 term; squares of the rows' norms are summed, in fp64, and so scores equal those of one process to rounding.
+gradient is summed to the owners of its rows as soon as a product hands it over, and its buffer is free again. Draws are
+those of the whole mask, at the rows' offset in it. The one number that is not a row's own is the norm in the L2 term:
+squares of the rows' norms are summed, in fp64, and so scores equal those of one process to rounding.
 
 Of S scores a rank keeps (4 + 8) S / R bytes with fp32 moments, and 8 S / R of summed gradients in place of 8 S. In a
-step it hands over 4 bytes a score to each side's reduce-scatter (2 in bf16; rows that make N a multiple of R
-count), 4 c ceil(K / 32) of bits for each mask, and 24 for each mask and 8 for each rank of norms, counts and failures.
+step it hands over 4 bytes a score to each side's reduce-scatter (2 in bf16; rows that make N a multiple of R count),
+4 c ceil(K / 32) of bits for each mask, and 24 for each mask and 8 for each rank of norms, counts and failures.
 """
 
 import os

@@ -184,7 +184,8 @@ def test_bytes_that_travel_where_all_is_sharded_are_those_of_the_formula(done):
         told = sum(4 * c * -(-k // 32) for c, (_, k) in zip(rows, shapes)) + 8 * (3 * len(rows) + ranks)
         a_step = 2 * parts * width * ranks * scores + told + passes * 4 * gathered(ranks, ("visual.",))
         # Once: norms and counts of the first step, and at the end scores and weights made whole.
-        once = 16 * len(rows) + 4 * scores
+        blocks = [p for name, p in tiny.model().named_parameters() if "visual.transformer.resblocks." in name]
+        once = 16 * len(rows) + 4 * scores + 4 * sum(len(p.chunk(ranks)[0]) * p[0].numel() for p in blocks)
         assert found["sent"] == 5 * a_step + once + 3 * 40, name
 
 
