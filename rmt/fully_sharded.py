@@ -2,10 +2,11 @@
 
     torchrun --nproc-per-node 4 -m rmt train --shard ...
 
-A block's weights are gathered before each of its passes, teacher, student and both backward ones, and freed behind it;
-so is its masked weight, which products make anew from weight and bits. A block is a child of the outermost list of
-modules of one kind: open_clip's resblocks, timm's blocks, a Hugging Face model's layers, in all towers. What lies
-outside of them, embeddings, the patch convolution, projections, stays whole on every rank.
+A block's matrices are gathered before each of its passes, teacher, student and both backward ones, and freed behind it;
+so is its masked weight, which products make anew from weight and bits. In bf16 they travel as what products make of
+them anyway, rounded. A block is a child of the outermost list of modules of one kind: open_clip's resblocks, timm's
+blocks, a Hugging Face model's layers, in all towers. What lies outside of them, embeddings, the patch convolution,
+projections, stays whole on every rank, and so do vectors.
 
 torch cannot take `fully_shard` back. So twins of the blocks, with tables of their own, are sharded in the blocks'
 place; the blocks' own tensors are emptied meanwhile and filled again at the end.
@@ -26,14 +27,16 @@ from .world import World
 
 
 @contextlib.contextmanager
-def fully_sharded(model: nn.Module, world: World, adam: str = "fp32") -> Iterator[RowShards]:
+def fully_sharded(
+    model: nn.Module, world: World, adam: str = "fp32", precision: str = "fp32"
+) -> Iterator[RowShards]:  # fmt: skip
     """Inside, weights of the model's blocks and its masks' scores are sharded; masks must be looked up anew there.
 
     Afterwards the model is what it was, with the scores of all ranks. After an error it is of no use any more: this
     rank's shares alone are there. All ranks enter and leave together.
 
     Args:
-        adam: format of the moments that will be kept of the rows.
+        adam: format of the moments that will be kept of the rows. precision: of the products, fp32 or bf16.
 
     Raises: UserError for masks that cannot be cut into rows, before anything is changed.
     """
@@ -42,7 +45,7 @@ def fully_sharded(model: nn.Module, world: World, adam: str = "fp32") -> Iterato
     for mask in found:
         mask.refresh()
     blocks = list(blocks_of(model))
-    twins = [_sharded_twin(block, world) for _, _, block in blocks]
+    twins = [_sharded_twin(block, world, precision) for _, _, block in blocks]
     for (parent, name, _), twin in zip(blocks, twins):
         parent._modules[name] = twin
     shards = RowShards(world, masks(model))
@@ -64,24 +67,40 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             continue
         inside |= set(module.modules())
         for name, child in children.items():
-            mine = [p for m in child.modules() for p in m._parameters.values() if p is not None]
             # What is used elsewhere too must stay whole for it.
-            if mine and all(uses[id(p)] == 1 for p in mine):
+            if matrices(child) and all(uses[id(p)] == 1 for p in child.parameters()):
                 yield module, name, child
 
 
-def _sharded_twin(block: nn.Module, world: World) -> nn.Module:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard
+def matrices(block: nn.Module) -> dict[str, nn.Parameter]:
+    """What of a block is sharded, by name: its parameters of two and more dimensions, but for scores."""
+    found = [module for module in block.modules() if isinstance(module, MaskedModule)]
+    scores = {module._parameters[prefix + "scores"] for module in found for prefix in module.mask_prefixes}
+    return {name: p for name, p in block.named_parameters() if p.dim() > 1 and p not in scores}
 
-    twin, scores = _twin(block), _scores(block)
+
+def _sharded_twin(block: nn.Module, world: World, precision: str) -> nn.Module:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    twin, mine = _twin(block), set(matrices(block).values())
     mesh = DeviceMesh.from_group(world.group, next(block.parameters()).device.type)
-    fully_shard(twin, mesh=mesh, reshard_after_forward=True, ignored_params=scores)
+    # A convolution's gradient would be rounded to its weight's dtype, and other matrices may be read in fp32.
+    low = torch.bfloat16 if precision == "bf16" and mine <= _factors(block) else None
+    fully_shard(
+        twin, mesh=mesh, reshard_after_forward=True, ignored_params=set(block.parameters()) - mine,
+        mp_policy=MixedPrecisionPolicy(param_dtype=low, cast_forward_inputs=False),
+    )  # fmt: skip
     twin.set_custom_all_gather(_Gather(world))
-    for parameter in block.parameters():
-        if parameter not in scores:
-            parameter.data = parameter.detach().new_empty(0)
+    for parameter in mine:
+        parameter.data = parameter.detach().new_empty(0)
     return twin
+
+
+def _factors(block: nn.Module) -> set[nn.Parameter | None]:
+    """Matrices of linear products alone."""
+    names = {nn.Linear: "weight", nn.MultiheadAttention: "in_proj_weight"}
+    return {m._parameters.get(name) for m in block.modules() for kind, name in names.items() if isinstance(m, kind)}
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -95,20 +114,14 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def _scores(block: nn.Module) -> set[nn.Parameter]:
-    found = [module for module in block.modules() if isinstance(module, MaskedModule)]
-    return {module._parameters[prefix + "scores"] for module in found for prefix in module.mask_prefixes}
-
-
 @torch.no_grad()
 def _fill(block: nn.Module, twin: nn.Module, world: World) -> None:
     """Gives a block its tensors back. Collective."""
-    theirs, scores = dict(twin.named_parameters()), _scores(block)
-    for name, parameter in block.named_parameters():
-        if parameter not in scores:
-            world.sent += theirs[name].to_local().nbytes
-            with world.talking():
-                parameter.data = theirs[name].full_tensor()
+    mine = dict(block.named_parameters())
+    for name, parameter in matrices(twin).items():
+        world.sent += parameter.to_local().nbytes
+        with world.talking():
+            mine[name].data = parameter.full_tensor()
 
 
 class _Gather:

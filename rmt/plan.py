@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import clip
 from .config import MaskConfig, TrainConfig, UserError
 from .devices import Device
-from .fully_sharded import blocks_of
+from .fully_sharded import blocks_of, matrices
 from .masked import Mask, disabled
 from .masking import apply_masks
 from .optim import MaskAdam
@@ -43,8 +43,8 @@ class StepPlan:
         masks, masked, weights: how many tensors are masked, of how many weights, of how many in the model.
         bytes: by kind, where most is alive; peak: the op that made it so, after its part of the step.
         flops: by role. moved: bytes that weight-sized passes read and write, by op.
-        sizes: numbers of scores, mask for mask. sharded: weights of all blocks, as `rmt.fully_sharded` has them.
-        blocks: of each one in the towers that have masks.
+        sizes: numbers of scores, mask for mask. sharded: weights in matrices of all blocks, as `rmt.fully_sharded`
+            has them; blocks: of each one in the towers that have masks.
     """
 
     masks: int
@@ -158,8 +158,7 @@ def _layers(model: nn.Module, mask: MaskConfig) -> tuple[int, tuple[int, ...]]:
     """Weights of all blocks, and of each one in the towers with masks."""
 
     def weights(root: nn.Module) -> tuple[int, ...]:
-        blocks = [block.named_parameters() for _, _, block in blocks_of(root)]
-        return tuple(sum(p.numel() for name, p in block if not name.endswith("scores")) for block in blocks)
+        return tuple(sum(p.numel() for p in matrices(block).values()) for _, _, block in blocks_of(root))
 
     tower = model.visual if mask.towers == ("image",) and not mask.modules else model
     return sum(weights(model)), weights(tower)

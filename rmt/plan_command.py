@@ -114,7 +114,7 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
     if args.world > 1 and (args.link is None or args.latency is None):
         raise UserError("several ranks need a link: --link GB/s, that a rank sends, and --latency us, of one message")
     link = Link(1e9 * (1 if args.link is None else args.link), (args.latency or 0) / 1e6, args.overlap)
-    sharing = Sharing(args.layout, args.reduce, args.accumulate)
+    sharing = Sharing(args.layout, args.reduce, 2 if args.precision == "bf16" else 4, args.accumulate)
     steps = _steps(args)
     planned = functools.cache(planned)
     known = -(-args.batch // columns(args.batch, args.world)[-1])

@@ -52,12 +52,14 @@ class Sharing:
 
     Args:
         layout: one of LAYOUTS. reduce: what gradients travel in, fp32 or bf16.
+        width: bytes of a weight that is gathered in a sharded layout: 2 in bf16.
         accumulate: parts of a rank's share, of which only the last one's passes hide what travels.
         log_every: steps between two rows of numbers, which travel too.
     """
 
     layout: str = "replicated"
     reduce: str = "fp32"
+    width: int = FP32
     accumulate: int = 1
     log_every: int = 10
 
@@ -119,7 +121,7 @@ def traffic(plan: StepPlan, ranks: int, sharing: Sharing) -> list[Travel]:
     gradients = Travel("gradients", 1, buckets)
     if zero:
         return [gradients, Travel("bits", 1, [ranks * math.ceil(share * plan.masked / BYTE)], gathered=True), metrics]
-    weights = Travel("weights", 1, [FP32 * size for size in plan.blocks] * PASSES, gathered=True)
+    weights = Travel("weights", 1, [sharing.width * size for size in plan.blocks] * PASSES, gathered=True)
     bits = Travel("bits", 1, [math.ceil(plan.masked / BYTE)], gathered=True)
     sums = Travel("norms and counts", 2, [SUMS * plan.masks + BYTE * ranks])
     return [gradients, weights, bits, sums, metrics]

@@ -164,8 +164,8 @@ def _sharded_memory(plan: StepPlan, ranks: int, sharing: Sharing) -> dict[str, i
         found[kind] = math.ceil(found[kind] / ranks)
     found["weights"] -= math.floor(FP32 * plan.sharded * (1 - 1 / ranks))
     # A block as it arrives, and as its layers read it; and one product's masked weight.
-    found["gathered"] = 2 * FP32 * max(plan.blocks, default=0)
-    found["masked weight"] = FP32 * max(plan.sizes)
+    found["gathered"] = 2 * sharing.width * max(plan.blocks, default=0)
+    found["masked weight"] = sharing.width * max(plan.sizes)
     # Sums of both sides' rows; whole gradients on their way, those that came back among them, and one being made.
     travelling = min(plan.masked, IN_FLIGHT // FP32) + max(plan.sizes)
     found["gradients"] = math.ceil(SIDES * FP32 * plan.masked / ranks) + FP32 * travelling

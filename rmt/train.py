@@ -59,7 +59,7 @@ def tune(
     if config.graph and not world.alone:
         raise UserError(f"graph captures the step of one process, got {world.size} ranks: leave it out")
     sharded = world.shard and not world.alone
-    with fully_sharded(model, world, config.adam) if sharded else contextlib.nullcontext() as rows:
+    with fully_sharded(model, world, config.adam, config.precision) if sharded else contextlib.nullcontext() as rows:
         found = masks(model)
         optimizer = _optimizer(found, rates[0], config, world, rows)
         known = {"seed": seed} if config.graph else {"seed": seed, "total": total}

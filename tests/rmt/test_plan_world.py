@@ -66,7 +66,8 @@ def test_what_is_planned_is_what_the_reduction_hands_over(tmp_path, reduce):
     assert sum(traffic(gap, 2, Sharing())[0].calls) == 2 * 4 * 32, "the second mask lies at 0, the first at 16"
     assert memory(gap, 2, Sharing())["gradients"] == 2 * 4 * 32
     # The text tower's one block is no list of like ones.
-    image = [sum(p.numel() for p in block.parameters()) for block in tiny.model().visual.transformer.resblocks]
+    blocks = tiny.model().visual.transformer.resblocks
+    image = [sum(p.numel() for p in block.parameters() if p.dim() == 2) for block in blocks]
     assert len(image) == 2 and (plan.sharded, plan.blocks) == (sum(image), tuple(image))
 
 
@@ -132,6 +133,9 @@ def test_sharded_gathers_every_weight_in_each_of_four_passes():
         "norms and counts": 1.5 * (4 * 24 + 4 * 8), "metrics": 6.0,
     }  # fmt: skip
     assert [len(travel.calls) for travel in found] == [2 * 4, 4 * 4, 1, 1, 2]
+    low = Sharing("sharded", "bf16", width=2)
+    assert kinds(traffic(PLAN, 4, low), 4, "wire")["weights"] == 0.75 * 4 * 2 * 20 * KIB
+    assert memory(PLAN, 4, low)["gathered"] == 2 * 2 * 5 * KIB and memory(PLAN, 4, low)["masked weight"] == 2 * KIB
     held = memory(PLAN, 4, Sharing("sharded", "bf16"))
     assert held["weights"] == 40 * KIB + 120 * KIB // 4 and held["scores"] == 4 * KIB and held["moments"] == 8 * KIB
     assert held["masked weight"] == 4 * KIB and held["bits"] == KIB // 2 and held["gathered"] == 2 * 4 * 5 * KIB

@@ -60,6 +60,8 @@ STEPS = {
     "shard, a rival": (2, 8, replace(RECIPE, dropout="sign"), {"shard": True}),
     "shard, text tower": (2, 8, RECIPE, {"shard": True, "towers": ("image", "text")}),
     "shard, bf16": (2, 8, RECIPE, {"shard": True, "reduce": "bf16"}),
+    "bf16 products": (2, 8, replace(RECIPE, precision="bf16"), {}),
+    "shard, bf16 products": (2, 8, replace(RECIPE, precision="bf16"), {"shard": True}),
 }
 
 
