@@ -43,7 +43,7 @@ from rmt.config import MaskConfig, TrainConfig  # noqa: E402
 from rmt.masking import apply_masks  # noqa: E402
 from rmt.plan import plan_step  # noqa: E402
 from rmt.plan_traffic import LAYOUTS, Link, Sharing  # noqa: E402
-from rmt.plan_world import Rates, plan_rank  # noqa: E402
+from rmt.plan_world import Rates, memory, plan_rank  # noqa: E402
 from rmt.train import tune  # noqa: E402
 from rmt.world import World, joined  # noqa: E402
 
@@ -234,20 +234,26 @@ def main() -> int:
 def layouts(setup: Setup, said: dict[Variant, list[dict]]) -> list[dict]:
     """A row for each layout, of its rank that holds most. Prints them; raises SystemExit where losses differ."""
     rows, lines, loss = [], [], next(iter(said.values()))[0]["task"]
+    plan = plan_step(setup.model, MASK, TrainConfig(batch=-(-setup.batch // 2), strength=STRENGTH),
+                     image_size=setup.size, classes=CLASSES)  # fmt: skip
     for variant, ranks in said.items():
         if any(abs(one["task"] - loss) > LOSS * abs(loss) for one in ranks):
             raise SystemExit(f"{variant.layout}: losses {[one['task'] for one in ranks]}, and {loss} replicated")
         ms = 1e3 * statistics.median(s for one in ranks for s in one["seconds"])
-        peak, sent = max(one["peak_bytes"] for one in ranks), max(one["sent"] for one in ranks)
+        peak, sent = (max(one[name] for one in ranks) for name in ("peak_bytes", "sent"))
+        planned = sum(memory(plan, variant.processes, Sharing(variant.layout)).values())
+        error = planned / (peak - ranks[0]["empty_bytes"]) - 1
         rows.append({
             "what": "layout", "model": setup.model, "batch": setup.batch, "processes": variant.processes,
             "layout": variant.layout, "ms": ms, "peak_bytes": peak, "empty_bytes": ranks[0]["empty_bytes"],
-            "handed": sent / (WARM + setup.steps),
+            "planned_bytes": planned, "error": error, "handed": sent / (WARM + setup.steps),
+            "good": abs(error) <= WITHIN,
         })  # fmt: skip
-        mib = [f"{n / 2**20:,.1f}" for n in (peak, ranks[0]["empty_bytes"], rows[-1]["handed"])]
+        mib = [f"{rows[-1][name] / 2**20:,.1f}" for name in ("peak_bytes", "empty_bytes", "planned_bytes", "handed")]
+        mib.insert(3, f"{100 * error:+.1f} %")
         lines.append([variant.layout, f"{ms:.1f}", *mib])
-    print(f"\n{setup.model}, batch {setup.batch}, two processes; handed over: all of a run, over its steps")
-    harness.print_table(["layout", "ms", "peak MiB", "empty MiB", "handed MiB"], lines)
+    print(f"\n{setup.model}, batch {setup.batch}, two processes; planned: peak less empty; handed: of a run, a step")
+    harness.print_table(["layout", "ms", "peak MiB", "empty MiB", "planned MiB", "error", "handed MiB"], lines)
     return rows
 
 
