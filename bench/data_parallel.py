@@ -41,11 +41,12 @@ sys.path[:0] = [str(ROOT)]
 
 from rmt.config import MaskConfig, TrainConfig  # noqa: E402
 from rmt.masking import apply_masks  # noqa: E402
+from rmt.meet import joined  # noqa: E402
 from rmt.plan import plan_step  # noqa: E402
 from rmt.plan_traffic import LAYOUTS, Link, Sharing  # noqa: E402
 from rmt.plan_world import Rates, memory, plan_rank  # noqa: E402
 from rmt.train import tune  # noqa: E402
-from rmt.world import World, joined  # noqa: E402
+from rmt.world import World  # noqa: E402
 
 CLASSES, STRENGTH, LR, LOG_EVERY, WARM = 100, 0.3, 1e-6, 10, 2
 MASK = MaskConfig(targets=("attention", "conv"))

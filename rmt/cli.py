@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .config import MaskConfig, SelectConfig, TrainConfig, UserError
-from .world import launched
+from .meet import launched
 
 SHORT = {
     field.name: f"{part}.{field.name}"

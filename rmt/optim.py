@@ -15,7 +15,7 @@ import rmt_kernels
 
 from .gradients import Dropout, Gradients
 from .masked import Mask, masks
-from .row_shards import Rows, RowShards
+from .row_shards import RowShards
 from .shards import Shards
 
 # Formats of Adam's two moments -> bytes a score. bf16 and 8 bits are rounded stochastically: see mask_update_.
@@ -219,9 +219,7 @@ class MaskAdam(torch.optim.Optimizer):
         # One launch for all that are alike: in whether they are compact, and in the dtypes of weight and kept weight.
         parts: dict[tuple, list[int]] = {}
         for i in mine:
-            mask = self.masks[i]
-            kind = _kind(mask)
-            parts.setdefault(kind, []).append(i)
+            parts.setdefault(self._kind(i), []).append(i)
         try:
             for kind, part in parts.items():
                 self._update(part, dropout, factors, step, compact=not kind)
@@ -256,7 +254,7 @@ class MaskAdam(torch.optim.Optimizer):
         bits = list(words) if compact else [m.bits for m in found]
         grads, options = self._gradients(live, rows, dropout, step)
         if not compact:
-            dense = [m.kept for m in found if m.kept is not None]
+            dense = [kept for m in found if (kept := m.kept) is not None]
             options |= {"weights": [m.weight.contiguous() for m in found], "dense": dense}
             options |= {"offsets": [m.offset for m in found]}
         if self.state_format == "8bit":
@@ -300,9 +298,7 @@ class MaskAdam(torch.optim.Optimizer):
             options |= {"generals": [b.view_as(r) for (_, b, _), r in zip(pairs, rows)]}
         return [a.view_as(r) for (a, *_), r in zip(pairs, rows)], options
 
-
-def _kind(mask: Mask | Rows) -> tuple:
-    """What masks of one launch have in common: dtypes of weight and kept weight; nothing where scores are compact."""
-    if mask.selected is not None:
-        return ()
-    return mask.weight.dtype, None if mask.kept is None else mask.kept.dtype
+    def _kind(self, i: int) -> tuple:
+        """What masks of one launch have in common: dtypes of weight and kept weight; nothing of compact scores."""
+        mask = self.masks[i]
+        return (mask.weight.dtype, getattr(mask.kept, "dtype", None)) if mask.selected is None else ()

@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import CRITERIA, RunConfig, UserError, build
-from .world import WAIT_S, joined, launched
+from .meet import WAIT_S, joined, launched
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace

@@ -69,7 +69,7 @@ ROUTING_HF = ["tests/rmt/test_routing_command_hf.py"]
 
 # (what is broken, file, text that occurs once, its replacement, tests that must notice)
 MUTATIONS = [
-    ("the dead ranks' offer is taken", "rmt/world.py", "if offer.split()[rank : rank + 1] == [mine]:", "if True:",
+    ("the dead ranks' offer is taken", "rmt/meet.py", "if offer.split()[rank : rank + 1] == [mine]:", "if True:",
      WORLD),
     ("a bucket leaves before its last gradient", "rmt/reduction.py", "self._counts[i] == self._expected[self._side][i]",
      "self._counts[i] >= 1", WORLD),

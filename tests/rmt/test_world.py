@@ -21,10 +21,11 @@ from rmt.agreement import code_sha256
 from rmt.cli import main
 from rmt.config import RunConfig, TrainConfig, UserError, to_yaml
 from rmt.evaluate import load_run, read_run
+from rmt.meet import _meet, joined
 from rmt.reduction import Reduction, _buckets, _owners
 from rmt.row_shards import need_rows
 from rmt.run import run
-from rmt.world import World, _meet, joined
+from rmt.world import World
 
 # Two runs of one arithmetic in another order: see test_train.py.
 CLOSE = 2e-6

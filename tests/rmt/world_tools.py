@@ -21,13 +21,14 @@ from rmt.config import MaskConfig, TrainConfig, UserError, from_yaml
 from rmt.fully_sharded import fully_sharded
 from rmt.masked import disabled, masks
 from rmt.masking import apply_masks
+from rmt.meet import joined
 from rmt.optim import MaskAdam
 from rmt.reduction import Reduction
 from rmt.resume import Resume
 from rmt.run import run
 from rmt.select import select
 from rmt.train import tune
-from rmt.world import World, joined
+from rmt.world import World
 
 RANKS = 4
 WAIT_S = 4
