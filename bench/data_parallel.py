@@ -146,8 +146,8 @@ def time_steps(setup: Setup, variant: Variant, world: World) -> dict:
         total=variant.batch if variant.sharing and not world.alone else None,
     )  # fmt: skip
     taken = [end - start for start, end in pairwise(ends)][WARM:]
-    memory = {"peak_bytes": max(peaks), "empty_bytes": empty}
-    return {"seconds": taken, "task": rows[-1]["task"], "sent": world.sent, "rows": len(rows)} | memory
+    held = {"peak_bytes": max(peaks), "empty_bytes": empty}
+    return {"seconds": taken, "task": rows[-1]["task"], "sent": world.sent, "rows": len(rows)} | held
 
 
 def launch(setup: Setup, variant: Variant) -> list[dict]:

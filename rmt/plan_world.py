@@ -23,7 +23,7 @@ from .devices import Device
 from .plan import StepPlan
 from .plan_traffic import BYTE, FP32, SIDES, Link, Sharing, Travel, owned, traffic
 from .reduction import bucket_bytes
-from .row_shards import IN_FLIGHT
+from .row_gradients import IN_FLIGHT
 
 TERMS = ("images", "update", "bandwidth", "latency")
 # Q K^T and A V forward, by student and teacher, of those and five products in each backward pass: `rmt.plan`'s counts.

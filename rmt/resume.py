@@ -68,6 +68,8 @@ class Resume:
         with torch.no_grad():
             for mask, scores in zip(optimizer.masks, found):
                 mask.scores.copy_(scores)
+        if optimizer.shards:
+            optimizer.shards.follow()
         optimizer.load_state_dict(held)
         return state["logged"]
 

@@ -14,8 +14,7 @@ step it hands over 4 bytes a score to each side's reduce-scatter (2 in bf16; row
 """
 
 import os
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +24,10 @@ from torch import Tensor, nn
 import rmt_kernels
 
 from .config import UserError
-from .gradients import Gradients
 from .masked import Mask, MaskedModule
-from .reduction import BUCKET
 from .world import World
 
 DRAWS, BLOCK = 4, rmt_kernels.reference.MOMENT_BLOCK  # weights that share a draw, and an exponent of 8-bit moments
-IN_FLIGHT = 4 * BUCKET  # bytes of gradients that may travel at a time
 
 
 @dataclass(frozen=True)
@@ -94,72 +90,6 @@ class Rows:
     mark_fresh = refresh
 
 
-class RowGradients(Gradients):
-    """Both gradients of `masks`, of which this rank keeps the sums over ranks of its own rows.
-
-    All ranks take the same products in the same order; autograd walks equal graphs so.
-    """
-
-    def __init__(self, world: World, rows: Sequence[Rows]) -> None:
-        super().__init__([row.whole for row in rows])
-        self.world, self.rows = world, list(rows)
-        self._travelling: deque[tuple[Tensor, Callable[[], None]]] = deque()
-        self._free: dict[tuple[int, ...], list[Tensor]] = {}
-
-    def add_scores(self, side: int, i: int, gradient: Tensor) -> None:
-        """Raises: RuntimeError. A gradient of scores themselves would be of scores that are not here."""
-        raise RuntimeError(f"{self.masks[i].key} is sharded: its scores get gradients from eager products alone")
-
-    def wait(self) -> None:
-        """Until all that was handed over is summed."""
-        while self._travelling:
-            self._travelling.popleft()[1]()
-
-    def _sink(self, side: int, i: int) -> Callable[[Tensor, Tensor | None], None]:
-        def take(g: Tensor, x: Tensor | None) -> None:
-            """Rows g (M, N) and x (M, K) of a product, or without x a gradient g (N, K) of the masked weight."""
-            whole = self._whole(i)
-            matrix = whole[: self.rows[i].shape[0]]
-            matrix.copy_(g) if x is None else rmt_kernels.weight_grad_(matrix, g, x)
-            self._chained[side][i] = True
-            self._send(side, i, whole)
-
-        return take
-
-    def _send(self, side: int, i: int, whole: Tensor) -> None:
-        row, first = self.rows[i], not self._arrived[side][i]
-        self._arrived[side][i] = True
-        sent = whole if self.world.reduce == "fp32" else whole.bfloat16()
-        part = sent.new_empty(row.chunk, whole.shape[1])
-        done = self.world.start_scatter(part, sent)
-
-        def finish() -> None:
-            done()
-            buffer, mine = self._buffer(side, i), part[: len(row.scores)]
-            buffer.copy_(mine) if first else buffer.add_(mine)
-            self._free.setdefault(tuple(whole.shape), []).append(whole)
-
-        self._travelling.append((sent, finish))
-        while sum(tensor.nbytes for tensor, _ in self._travelling) > IN_FLIGHT and len(self._travelling) > 1:
-            self._travelling.popleft()[1]()
-
-    def _whole(self, i: int) -> Tensor:
-        """(R c, K) fp32, rows from N on 0: one that has come back, or a new one."""
-        row = self.rows[i]
-        shape = (self.world.size * row.chunk, row.shape[1])
-        if self._free.get(shape):
-            return self._free[shape].pop()
-        # Zeros: padding travels too. Never as an inference tensor: the next step must be able to write it.
-        with torch.inference_mode(False):
-            return torch.zeros(shape, device=row.scores.device)
-
-    def _buffer(self, side: int, i: int) -> Tensor:
-        if self._buffers[side][i] is None:
-            with torch.inference_mode(False):
-                self._buffers[side][i] = torch.empty_like(self.rows[i].scores, requires_grad=False)
-        return self._buffers[side][i]
-
-
 def need_rows(masks: Sequence[Mask], ranks: int, adam: str) -> None:
     """Raises UserError for masks that cannot be cut: of selected weights, or where a draw's group would be.
 
@@ -217,8 +147,6 @@ class RowShards:
 
         failed: this rank's scores became NaN. Raises: ValueError on every other rank then.
         """
-        import torch.distributed as dist
-
         here = torch.tensor([self.mine(i) for i in live], device=norms.device)
         problems = torch.zeros(self.world.size, dtype=torch.float64, device=norms.device)
         problems[self.world.rank] = float(failed)
@@ -228,7 +156,25 @@ class RowShards:
         *whole, squares = total[: mine.numel()].view_as(mine)
         counts[live], norms[live] = torch.stack(whole, 1).long(), squares.sqrt().float()
         problems = total[mine.numel() :]
-        mine = torch.zeros(sum(self._words), dtype=torch.int32, device=norms.device)
+        self._tell_bits()
+        # Where mask_update_ looks for NaN: on CUDA nobody waits for the device.
+        looked = counts.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1"
+        if looked and not failed and problems.any():
+            who = ", ".join(str(rank) for rank in problems.nonzero().flatten().tolist())
+            raise ValueError(f"scores must not be NaN, but some are on rank {who}")
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Makes bits those of the scores, on all ranks: after these have been loaded."""
+        for row in self.rows:
+            if len(row.scores):
+                row.bits.copy_(rmt_kernels.pack_scores(row.scores.detach(), row.module.threshold))
+        self._tell_bits()
+
+    def _tell_bits(self) -> None:
+        import torch.distributed as dist
+
+        mine = torch.zeros(sum(self._words), dtype=torch.int32, device=self.rows[0].scores.device)
         for row, words in zip(self.rows, mine.split(self._words)):
             words[: row.bits.numel()].copy_(row.bits.flatten())
         told = mine.new_empty(self.world.size, len(mine))
@@ -238,11 +184,6 @@ class RowShards:
         for row, words in zip(self.rows, told.split(self._words, dim=1)):
             bits = row.whole.bits
             bits.copy_(words.reshape(-1, bits.shape[1])[: len(bits)])
-        # Where mask_update_ looks for NaN: on CUDA nobody waits for the device.
-        looked = counts.device.type == "cpu" or os.environ.get("RMT_SYNC_ERRORS") == "1"
-        if looked and not failed and problems.any():
-            who = ", ".join(str(rank) for rank in problems.nonzero().flatten().tolist())
-            raise ValueError(f"scores must not be NaN, but some are on rank {who}")
 
     def part(self, scores: list[Tensor], state: dict[int, dict[str, Tensor]]) -> tuple[list[Tensor], dict]:
         """This rank's rows of whole scores, and of an optimizer's whole `state` by position."""

@@ -53,6 +53,11 @@ class Shards:
 
     whole_counts = whole_norms
 
+    def follow(self) -> None:
+        """Makes bits those of the scores, all of which are here: after these have been loaded."""
+        for mask in self.masks:
+            mask.refresh()
+
     def send_away(self) -> None:
         """Frees the scores of others' masks."""
         for i, mask in enumerate(self.masks):

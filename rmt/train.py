@@ -25,7 +25,8 @@ from .masked import Mask, masks
 from .optim import MaskAdam
 from .reduction import Reduction
 from .resume import Resume
-from .row_shards import RowGradients, RowShards
+from .row_gradients import RowGradients
+from .row_shards import RowShards
 from .shards import Shards
 from .step import Step
 from .world import World

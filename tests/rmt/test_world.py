@@ -210,6 +210,8 @@ def test_a_fully_sharded_run_is_that_of_whole_ones(done):
             assert moments.keys() == theirs.keys()
             assert all(moments[key].shape == theirs[key].shape for key in moments)
             assert torch.allclose(moments["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-7)
+    a, b = (found[f"{how}, 4"]["scores"] for how in ("two", "shard, two"))
+    assert ((a - b).abs() <= CLOSE).float().mean() > 0.999, "the step after a file was read"
     a, b = (json.loads((out / "result.json").read_text()) for out in (whole, sharded))
     assert (a["shard"], b["shard"]) == (False, True) and a["base_sha256"] == b["base_sha256"]
     assert b["off"] == pytest.approx(a["off"], rel=1e-3)
@@ -332,6 +334,7 @@ def test_what_ranks_cannot_share_is_refused_before_it_starts(config, monkeypatch
     asked = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
     assert main(["b2n", *asked]) == 2 and "can share only rmt train: start rmt b2n" in capsys.readouterr().err
     assert main(["train", *asked, "--seeds", "1", "2"]) == 2 and "torchrun shares one run" in capsys.readouterr().err
+    assert main(["train", *asked, "--zero", "--shard"]) == 2 and "are two layouts" in capsys.readouterr().err
     assert main(["train", *asked, "--timeout", "0"]) == 2 and "timeout must be a number" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
