@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from helpers import need_gpu
 from kernels import cuda_on_cpu
+from kernels.cuda_checks import cuda_backend
 
 from rmt_kernels.backends import cpu, cuda, native
 
@@ -15,19 +15,6 @@ def emulated(tmp_path_factory):
     if shutil.which("c++") is None:
         pytest.skip("the emulator needs a C++ compiler")
     return cuda_on_cpu.build(tmp_path_factory.mktemp("emulated"))
-
-
-def cuda_backend(where: str, request, monkeypatch) -> str:
-    """Device of the tensors; `rmt_kernels.backends.cuda` runs there."""
-    if where == "gpu":
-        return need_gpu()
-    module = request.getfixturevalue("emulated")
-    monkeypatch.setattr(cuda, "extension", module)
-    monkeypatch.setattr(cuda, "device_kind", lambda index=None: "sm_90")
-    monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
-    # torch's part: its CPU has no out_dtype.
-    monkeypatch.setattr(cuda, "_weight_grad", lambda g, x: g.float().T @ x.float())
-    return "cpu"
 
 
 @pytest.fixture(params=["emulator", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -1,11 +1,13 @@
-"""What the tests of CUDA kernels ask of every one: nothing but the output written, runs that repeat, any layout."""
+"""What the tests of CUDA kernels ask of every one: nothing but the output written, runs that repeat, any layout; and
+where they run."""
 
 import contextlib
 
 import torch
-from helpers import assert_no_worse
+from helpers import assert_no_worse, need_gpu
 
 from rmt_kernels import reference
+from rmt_kernels.backends import cuda
 
 
 @contextlib.contextmanager
@@ -42,3 +44,16 @@ def check_product(call, x, weight, bits, bias):
     truth = reference.masked_linear(double[0], double[1], bits, double[2], None)
     assert_no_worse(got, reference.masked_linear(x, weight, bits, bias, None), truth)
     return got
+
+
+def cuda_backend(where: str, request, monkeypatch) -> str:
+    """Device of the tensors; `rmt_kernels.backends.cuda` runs there."""
+    if where == "gpu":
+        return need_gpu()
+    module = request.getfixturevalue("emulated")
+    monkeypatch.setattr(cuda, "extension", module)
+    monkeypatch.setattr(cuda, "device_kind", lambda index=None: "sm_90")
+    monkeypatch.setattr(cuda, "_launch", lambda name, _, *args: getattr(module, f"cuda_{name}")(*args, 0))
+    # torch's part: its CPU has no out_dtype.
+    monkeypatch.setattr(cuda, "_weight_grad", lambda g, x: g.float().T @ x.float())
+    return "cpu"

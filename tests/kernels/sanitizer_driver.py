@@ -94,7 +94,7 @@ def run(name: str, module, device: str) -> list[str]:
     problems, count = [], 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         jobs = [job for shape in SHAPES for job in calls(shape, dtype)]
-        if name == "cuda" and dtype != torch.float32 and _wgmma(device):
+        if name == "cuda" and dtype != torch.float32 and has_wgmma(device):
             t = layer(GEMM_SHAPE, dtype)
             jobs.append(("masked_gemm", (t["x"], t["weight"], t["bits"], t["bias"])))
         for op, args in jobs:
@@ -112,7 +112,7 @@ def run(name: str, module, device: str) -> list[str]:
     return problems if count else [f"{name}: nothing ran"]
 
 
-def _wgmma(device: str) -> bool:
+def has_wgmma(device: str) -> bool:
     return device == "cpu" or torch.cuda.get_device_capability()[0] == 9
 
 

@@ -240,21 +240,23 @@ def test_masked_gemm(device, shape, dtype, tile, monkeypatch):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", [(65, 768, 768), (1600, 2304, 768), (6304, 3072, 1024)], ids=shape_id)
 def test_wgmma_hazard_gate(shape, dtype):
-    """Integers sum exactly in any order: a register overwritten in flight in one of many runs shows."""
+    """Integers sum exactly in any order: a register overwritten in flight in one of 10,000 runs shows."""
     device = need_gpu()
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("wgmma needs compute capability 9.0")
     m, n, k = shape
     generator = torch.Generator(device).manual_seed(0)
-    for run in range(20):
+    for run in range(40):
         x = torch.randint(-4, 5, (m, k), device=device, generator=generator).to(dtype)
         weight = torch.randint(-4, 5, (n, k), device=device, generator=generator).to(dtype)
         bits = cuda.pack_bits(torch.rand(n, k, device=device, generator=generator) < (0.05, 0.5, 0.95)[run % 3])
         dense = reference.masked_weight(weight, bits)
         want = (x.float() @ dense.float().T).to(dtype)
-        for _ in range(25):
-            assert torch.equal(cuda.masked_gemm(x, weight, bits, None), want)
         assert torch.equal(cuda.masked_gemm(x, dense, None, None), want)
+        bad = torch.zeros((), dtype=torch.bool, device=device)
+        for _ in range(250):
+            bad |= (cuda.masked_gemm(x, weight, bits, None) != want).any()
+        assert not bad
 
 
 def test_masked_linear_dx_and_large_products(device):
@@ -312,7 +314,7 @@ def test_the_sanitizers_see_every_kernel_and_their_driver_checks_results(device,
     assert sanitizer_driver.run("cuda", cuda, device) == []
     sizes = {"cuda_fragment_words", "cuda_mask_update_partials"}  # they launch nothing
     bound = {name for name in dir(cuda.extension) if name.startswith("cuda_")} - sizes
-    assert launched == bound or (device == "cuda" and not sanitizer_driver._wgmma(device))
+    assert launched == bound or (device == "cuda" and not sanitizer_driver.has_wgmma(device))
     ops = {op for op, _ in sanitizer_driver.calls((5, 9, 31), torch.float32)}
     assert set(backends.OPS) <= ops | sanitizer_driver.NO_KERNEL["triton"], "every op of a kernel has a call"
     for name, broken in (("pack_bits", lambda m: reference.pack_bits(~m)), ("mask_update_", lambda *args: None)):
