@@ -50,9 +50,7 @@ def run(args: argparse.Namespace, data: str) -> None:
         rates |= json.loads(Path(path).read_text())["chosen"]
     # R-AMT without gradient dropout moves as R-AMT does.
     rates |= {"amt": rates["ramt"]} if "ramt" in rates else {}
-    train = TrainConfig(
-        steps=args.max_steps, batch=args.batch, precision=args.precision, log_every=args.max_steps
-    )  # fmt: skip
+    train = TrainConfig(batch=args.batch, precision=args.precision, log_every=args.max_steps)
     config = RunConfig(args.model, data=data, template=args.template, image_size=args.image_size, train=train)
     options = Options(max_steps=args.max_steps, max_feature_steps=args.max_feature_steps, rates=rates)
     out = Path(args.runs[0]) / Path(data).name
@@ -76,6 +74,10 @@ def main() -> None:
     for data, runs in itertools.product(args.data, args.runs):
         found = sorted((Path(runs) / Path(data).name).glob("*/shots*-seed*/result.json"))
         cells += [json.loads(path.read_text()) | last_row(path.parent) for path in found]
+    for cell in cells:
+        # Cells of before 2026-11-22 asked for the limit as a length, and took that for the authors'.
+        if cell["config"]["train"]["steps"] is not None:
+            del cell["published_steps"]
     cells = [{key: value for key, value in cell.items() if key not in LEFT_OUT} for cell in cells]
     asked = {key: value for key, value in vars(args).items() if key not in ("json", "runs", "collect")}
     command = f"python bench/real/compare.py {shlex.join(sys.argv[1:])}"

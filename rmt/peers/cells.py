@@ -38,8 +38,8 @@ class Sample:
         self.footing, self.out, self.dataset, self.command = footing, out, dataset, command
         self.model_sha256, self.options = model_sha256, options
         self._states: dict[tuple[str, ...], State] = {(): footing.start()}
-        # Peaks of the fits that the one in progress has taken over: it would have needed them too.
-        self._borrowed: list[int | None] = []
+        # fit.json of the fits that the one in progress has taken over: what they cost, it would have cost too.
+        self._borrowed: list[dict[str, Any]] = []
 
     def folder(self, units: Sequence[str]) -> Path:
         """OUT/{method}/shots{K}-seed{S}."""
@@ -77,13 +77,15 @@ class Sample:
 
     def _fitted(self, name: str) -> dict[str, Tensor]:
         """What a method of one unit stored on this sample; what it cost counts for the one that asks."""
-        units = units_of(parse(name))
-        self.state(units)
-        fit = json.loads((self.folder(units) / FIT_FILE).read_text())
-        key = ("fitted", name)
-        self.footing.shelf.put(key, None, fit["training_seconds"])
-        self.footing.shelf.get(key, name, lambda: None)
-        self._borrowed.append(fit["peak_bytes"])
+        units, key, shelf = units_of(parse(name)), ("fitted", name), self.footing.shelf
+        file = self.folder(units) / FIT_FILE
+        if file.is_file():
+            shelf.put(key, name, None, 0.0)
+        # Through the shelf, so that its seconds are not counted as those of the fit that asks.
+        shelf.get(key, name, lambda: self.state(units))
+        fit = json.loads(file.read_text())
+        shelf.put(key, name, None, fit["own_seconds"])
+        self._borrowed.append(fit)
         return load_file(_tensors(self.folder(units), units[-1]), str(self.footing.device))
 
     def _fit(self, footing: Footing, units: tuple[str, ...], before: State) -> None:
@@ -91,21 +93,25 @@ class Sample:
         maker, shelf = unit(units[-1]), footing.shelf
         if maker.needs_val:
             footing.need_val(maker.name)
-        peak, self._borrowed = PeakMemory(footing.device), []
+        outer, self._borrowed, peak = self._borrowed, [], PeakMemory(footing.device)
         with shelf.tally() as tally, shelf.watched(peak):
             start = time.perf_counter()
             fit = maker.fit(footing, before)
-            own = time.perf_counter() - start - tally.made
-        peaks = [peak.bytes(), *self._borrowed]
+            own = time.perf_counter() - start - tally.made + fit.seconds_before
+        borrowed, self._borrowed = self._borrowed, outer
+        peaks = [peak.bytes(), *(other["peak_bytes"] for other in borrowed)]
+        shared = shelf.costs(tally)
+        for other in borrowed:
+            shared |= other["shared_seconds"]
         footing.folder.mkdir(parents=True, exist_ok=True)
         data = save({name: t.detach().cpu().contiguous() for name, t in fit.stored.items()})
         write_whole(_tensors(footing.folder, units[-1]), data)
         write_json(footing.folder / FIT_FILE, {
             "unit": units[-1], "stored_bytes": (len(data) if fit.stored else 0) + fit.files,
             "trained_parameters": fit.trained, "chosen": fit.chosen, "steps": fit.steps,
-            "published_steps": fit.published_steps, "own_seconds": own, "training_seconds": own + shelf.cost(tally),
-            "peak_bytes": None if None in peaks else max(peaks), "reused": tally.reused, "notes": list(fit.notes),
-            "facts": fit.facts,
+            "published_steps": fit.published_steps, "own_seconds": own, "shared_seconds": shared,
+            "training_seconds": own + sum(shared.values()), "peak_bytes": None if None in peaks else max(peaks),
+            "reused": tally.reused, "notes": list(fit.notes), "facts": fit.facts,
         })  # fmt: skip
 
     def _described(self, stack: Stack, units: tuple[str, ...]) -> dict[str, Any]:
@@ -113,7 +119,10 @@ class Sample:
         footing, config = self.footing, self.footing.config
         fits = [json.loads((self.folder(units[: n + 1]) / FIT_FILE).read_text()) for n in range(len(units))]
         peaks = [fit["peak_bytes"] for fit in fits]
-        published = [fit["published_steps"] for fit in fits]
+        # What takes no step has no number of them to be cut from.
+        published = [fit["published_steps"] for fit in fits if fit["steps"] or fit["published_steps"] is not None]
+        # What two units used was made once.
+        shared = {label: seconds for fit in fits for label, seconds in fit["shared_seconds"].items()}
         # A unit that was fitted for another method is reused by this one.
         earlier = [parse("+".join(units[: n + 1])).name for n in range(len(units) - 1)]
         facts = {name: value for fit in fits for name, value in fit["facts"].items()}
@@ -122,10 +131,10 @@ class Sample:
             "title": title(stack), "parts": list(stack.parts), "shots": config.shots, "seed": config.seed,
             "split": "test", "trained_parameters": sum(fit["trained_parameters"] for fit in fits),
             "stored_bytes": sum(fit["stored_bytes"] for fit in fits),
-            "training_seconds": sum(fit["training_seconds"] for fit in fits),
+            "training_seconds": sum(fit["own_seconds"] for fit in fits) + sum(shared.values()),
             "own_seconds": fits[-1]["own_seconds"], "peak_bytes": None if None in peaks else max(peaks),
             "steps": sum(fit["steps"] for fit in fits),
-            "published_steps": None if None in published else sum(published),
+            "published_steps": None if None in published or not published else sum(published),
             "chosen": {fit["unit"]: fit["chosen"] for fit in fits},
             "sources": {name: method(name).source for name in stack.parts},
             "notes": [note for fit in fits for note in fit["notes"]],

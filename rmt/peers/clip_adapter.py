@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import UserError
-from .coop import coop_epochs
+from .coop import coop_epochs, notes
 from .footing import Footing
 from .heads import augmented, dassl_rates, shuffled, train_head
 from .method import Fit, Method, State
@@ -21,8 +21,8 @@ class ClipAdapter(Method):
 
     The layers and the ratio are those of the authors' code, which holds no configuration: their README sends one to
     CoOp's command, whose SGD, rate, schedule, warm-up and epochs are taken here; momentum and decay are Dassl's.
-    Ours: epochs by shots on data other than ImageNet, as CoOp's; the ratio is not searched for on each data set, as the
-    paper does. The last step counts.
+    Ours: epochs by shots on data other than ImageNet, as CoOp's; augmented passes that repeat, of all methods' crops
+    (`notes` of coop.py); the ratio is not searched for on each data set, as the paper does. The last step counts.
     """
 
     name, title, kind = "clip_adapter", "CLIP-Adapter", "head"
@@ -59,7 +59,7 @@ class ClipAdapter(Method):
             "weight_decay": DECAY,
         }  # fmt: skip
         stored = {"down": down.detach().cpu(), "up": up.detach().cpu()}
-        return Fit(stored, down.numel() + up.numel(), chosen, steps, epochs * each)
+        return Fit(stored, down.numel() + up.numel(), chosen, steps, epochs * each, notes=notes(footing))
 
     def restore(self, footing: Footing, state: State, stored: dict[str, Tensor]) -> State:
         """The formula of the class, into the logits of `state`."""

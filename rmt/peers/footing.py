@@ -41,8 +41,8 @@ class Shelf:
 
     def __init__(self) -> None:
         self._kept: dict[tuple, Any] = {}
-        # Of each key: seconds without those of what it was made of, and the keys of all that.
-        self._costs: dict[tuple, tuple[float, frozenset[tuple]]] = {}
+        # Of each key: its label, seconds without those of what it was made of, and the keys of all that.
+        self._costs: dict[tuple, tuple[str, float, frozenset[tuple]]] = {}
         self._tallies: list[Tally] = []
         self._watch: PeakMemory | None = None
 
@@ -56,22 +56,22 @@ class Shelf:
                 value = make()
             self._watch = watch
             seconds = time.perf_counter() - start
-            self.put(key, value, seconds - inner.made, inner.used)
+            self.put(key, label, value, seconds - inner.made, inner.used)
             for tally in self._tallies[-1:]:
                 tally.made += seconds
         for tally in self._tallies[-1:]:
             if known and key not in tally.used:
                 tally.reused.append(label)
-            tally.used |= {key, *self._costs[key][1]}
+            tally.used |= {key, *self._costs[key][2]}
         return self._kept[key]
 
-    def put(self, key: tuple, value: Any, seconds: float, made_of: Iterable[tuple] = ()) -> None:
+    def put(self, key: tuple, label: str, value: Any, seconds: float, made_of: Iterable[tuple] = ()) -> None:
         """Keeps a value that took `seconds` to make, beside what `made_of` took."""
-        self._kept[key], self._costs[key] = value, (seconds, frozenset(made_of))
+        self._kept[key], self._costs[key] = value, (label, seconds, frozenset(made_of))
 
-    def cost(self, tally: Tally) -> float:
-        """Seconds that all a run used took, whenever it was made."""
-        return sum(self._costs[key][0] for key in tally.used)
+    def costs(self, tally: Tally) -> dict[str, float]:
+        """Seconds that each thing took that a run used, by its label, whenever it was made."""
+        return {label: seconds for label, seconds, _ in map(self._costs.__getitem__, tally.used)}
 
     @contextlib.contextmanager
     def tally(self) -> Iterator[Tally]:
@@ -85,11 +85,11 @@ class Shelf:
     @contextlib.contextmanager
     def watched(self, peak: PeakMemory) -> Iterator[None]:
         """Inside, what making shared values takes is not counted by `peak`."""
-        self._watch = peak
+        before, self._watch = self._watch, peak
         try:
             yield
         finally:
-            self._watch = None
+            self._watch = before
 
     def drop(self, unwanted: Callable[[tuple], bool]) -> None:
         """Forgets the values whose key is `unwanted`; what they cost is remembered."""

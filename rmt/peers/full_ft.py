@@ -50,6 +50,6 @@ class WiseFT(FullFineTuning):
         start = {key: p.detach() for key, p in self.parameters(state.model).items()}
         need_for_model("full_ft", tuned, {key: p.shape for key, p in start.items()})
         stored = {key: (1 - ALPHA) * p + ALPHA * tuned[key].to(p) for key, p in start.items()}
-        published = mask_steps(footing)
+        steps, published = mask_steps(footing)
         notes = ("the steps are those of full_ft",)
-        return Fit(stored, count(stored.values()), {"alpha": ALPHA}, footing.steps(published), published, notes=notes)
+        return Fit(stored, count(stored.values()), {"alpha": ALPHA}, steps, published, notes=notes)

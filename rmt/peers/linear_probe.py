@@ -45,7 +45,8 @@ class ZeroShotProbe(Method):
 
     The authors start from text features that are not normalised. Their length, which the cosine does not see, sets how
     far a step turns them, so that the class vectors get the length of the model's own text features.
-    Ours: the augmented passes of all methods where the authors draw from 20 of their own; fp32.
+    Ours: the augmented passes of all methods where the authors draw from 20 of their own; one template, where they take
+    eight on ImageNet; fp32.
     """
 
     name, title, kind = "linear_probe_zs", "Linear probe from zero-shot", "head"

@@ -1,6 +1,7 @@
 """Mask tuning itself, as a method among the others: R-AMT, and its relatives by preset."""
 
 import dataclasses
+import time
 
 from torch import Tensor
 
@@ -36,16 +37,20 @@ class MaskTuning(Method):
         return dataclasses.replace(found, mask=mask, train=train)
 
     def schedule(self, footing: Footing, config: RunConfig) -> tuple[RunConfig, Plan, int]:
-        """(config, rates, published steps): the recipe's length, cut where the footing has a limit."""
-        per_epoch = footing.batches().steps_per_epoch
-        asked = footing.config.train
+        """(config, rates, published steps): the length that was asked for, cut where the footing has a limit.
+
+        published: the recipe's own length, whatever was asked for.
+        """
+        per_epoch, asked = footing.batches().steps_per_epoch, footing.config.train
         made = plan(config.train, config.mask, per_epoch, stretch=asked.epochs is None)
-        published = len(made.rates)
-        if footing.steps(published) < published:
-            train = dataclasses.replace(config.train, epochs=None, steps=footing.steps(published))
-            config = dataclasses.replace(config, train=train)
+        steps = footing.steps(len(made.rates))
+        if steps < len(made.rates):
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=None, steps=steps))
             made = plan(config.train, config.mask, per_epoch, stretch=False)
-        return config, made, published
+        free = dataclasses.replace(footing.config, train=dataclasses.replace(asked, epochs=None, steps=None))
+        recipe = self.config(dataclasses.replace(footing, config=free))
+        published = plan(recipe.train, recipe.mask, per_epoch, stretch=True)
+        return config, made, len(published.rates)
 
     def setup(self, footing: Footing, state: State, config: RunConfig) -> Setup:
         """A masked copy of the state's model, ready to be tuned."""
@@ -63,8 +68,10 @@ class MaskTuning(Method):
         config, made, published = self.schedule(footing, self.config(footing))
         setup = self.setup(footing, state, config)
         footing.folder.mkdir(parents=True, exist_ok=True)
-        tune_masks(setup, config, made, footing.batches(), footing.folder)
-        return self.stored(footing, setup, config, made, published)
+        start = time.perf_counter()
+        seconds = tune_masks(setup, config, made, footing.batches(), footing.folder)
+        before = max(0.0, seconds - (time.perf_counter() - start))
+        return dataclasses.replace(self.stored(footing, setup, config, made, published), seconds_before=before)
 
     def stored(self, footing: Footing, setup: Setup, config: RunConfig, made: Plan, published: int) -> Fit:
         """Writes the task folder, and the config that lets `rmt eval` measure it."""

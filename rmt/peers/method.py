@@ -38,7 +38,8 @@ class Fit:
     stored: all that must be kept beside the base model and the class names. trained: numbers that were fitted.
     chosen: hyperparameters by name, those that validation images chose too. steps: gradient steps, of how many the
         authors take (None: no such number). files: bytes in files that the method wrote itself, in place of `stored`.
-    facts: more of the result, by its keys. notes: what a reader of the table should know.
+    facts: more of the result, by its keys. notes: what a reader of the table should know. seconds_before: of training
+        that earlier calls, which were stopped, have done.
     """
 
     stored: dict[str, Tensor]
@@ -49,6 +50,7 @@ class Fit:
     files: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    seconds_before: float = 0.0
 
 
 class Method:

@@ -39,8 +39,8 @@ class TowerPart(Method):
         mine = self.parameters(model)
         if not mine:
             raise UserError(f"{self.name} found nothing to train in {type(model.visual).__name__}: leave it out")
-        published = mask_steps(footing)
-        steps, lr = footing.steps(published), footing.rate(self.name, self.lr)
+        steps, published = mask_steps(footing)
+        lr = footing.rate(self.name, self.lr)
         values = [p.requires_grad_(True) for p in mine.values()]
         optimizer = torch.optim.AdamW(values, lr=lr, weight_decay=self.decay)
         if self.clip is not None:
@@ -94,10 +94,14 @@ class LayerNormTuning(TowerPart):
         return {f"{name}.{key}": p for name, norm in norms for key, p in norm.named_parameters(recurse=False)}
 
 
-def mask_steps(footing: Footing) -> int:
-    """How many steps R-AMT's recipe is on this sample: 30 epochs (ImageNet 10), more where few masks could flip."""
+def mask_steps(footing: Footing) -> tuple[int, int]:
+    """(steps that R-AMT takes on this footing, steps of its recipe on the sample).
+
+    The recipe: 30 epochs (ImageNet 10), more where few masks could flip.
+    """
     recipe = RAMT()
-    return recipe.schedule(footing, recipe.config(footing))[2]
+    _, made, published = recipe.schedule(footing, recipe.config(footing))
+    return len(made.rates), published
 
 
 def need_for_model(method: str, stored: Mapping[str, Tensor], shapes: Mapping[str, Size]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ import torch
 from rmt import UserError
 from rmt.cli import main
 from rmt.config import RunConfig, SelectConfig, TrainConfig
-from rmt.peers import cells, compare, names
+from rmt.peers import cells, compare, footing, masks, names, parts
 from rmt.peers.compare import Options
 from rmt.run import run
 
@@ -88,7 +89,8 @@ def test_what_costs_is_counted_whether_reused_or_not(done, place, tmp_path):
     assert "the ramt run" in other["reused"]
     for r, folder in ((mine, tmp_path), (other, out)):
         fits = [json.loads((folder / name / "shots4-seed1" / "fit.json").read_text()) for name in ("ramt", "tip+ramt")]
-        assert r["training_seconds"] == pytest.approx(sum(fit["training_seconds"] for fit in fits))
+        shared = fits[0]["shared_seconds"] | fits[1]["shared_seconds"]
+        assert r["training_seconds"] == pytest.approx(sum(fit["own_seconds"] for fit in fits) + sum(shared.values()))
         assert fits[1]["training_seconds"] > fits[1]["own_seconds"]
     # What ran before does not matter for what comes out.
     assert mine["confusion"] == other["confusion"] and mine["bits_sha256"] == other["bits_sha256"]
@@ -257,3 +259,56 @@ def test_joint_vectors_learn(place, tmp_path):
     assert not torch.equal(fit.stored["context"], start) and fit.facts["off"] > 0
     got = joint.restore(footing, state, fit.stored)
     assert got.stack == ("coop+amt",) and not torch.allclose(got.text, state.text)
+
+
+def fit(out, name):
+    return json.loads((out / name / "shots4-seed1" / "fit.json").read_text())
+
+
+def slowed(monkeypatch, module, name, seconds):
+    plain = getattr(module, name)
+
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, slow)
+
+
+def test_what_another_fit_took_is_paid_once_in_any_order(place, tmp_path, monkeypatch):
+    slowed(monkeypatch, parts, "train", 1)
+    compare.compare(place[0], tmp_path, ["wise_ft", "full_ft"], [4], [1], LIMITS)
+    full, wise = fit(tmp_path, "full_ft"), fit(tmp_path, "wise_ft")
+    assert wise["own_seconds"] < 0.5 < 1 < full["own_seconds"]
+    assert full["training_seconds"] <= wise["training_seconds"] < full["training_seconds"] + 0.5
+    assert wise["shared_seconds"]["full_ft"] == full["own_seconds"]
+
+
+def test_a_combination_pays_for_shared_features_once(place, tmp_path, monkeypatch):
+    slowed(monkeypatch, footing, "encode", 0.3)
+    compare.compare(place[0], tmp_path, ["coop+tip"], [4], [1], LIMITS)
+    first, second, both = fit(tmp_path, "coop"), fit(tmp_path, "coop+tip"), result(tmp_path, "coop+tip")
+    views = {f"augmented features, view {i}" for i in range(LIMITS.views)}
+    assert views <= first["shared_seconds"].keys() & second["shared_seconds"].keys()
+    once = sum((first["shared_seconds"] | second["shared_seconds"]).values())
+    assert both["training_seconds"] == pytest.approx(first["own_seconds"] + second["own_seconds"] + once)
+    assert both["training_seconds"] < first["training_seconds"] + second["training_seconds"] - 0.5
+
+
+def test_seconds_of_a_call_that_was_killed_count(place, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(masks.MaskTuning, "stored", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compare.compare(place[0], tmp_path, ["ramt"], [4], [1], LIMITS)
+    state = torch.load(tmp_path / "ramt" / "shots4-seed1" / "last.pt", weights_only=True)
+    compare.compare(place[0], tmp_path, ["ramt"], [4], [1], LIMITS)
+    assert fit(tmp_path, "ramt")["own_seconds"] >= state["seconds"] > 0
+
+
+def test_steps_of_the_authors_are_those_of_the_recipe(done):
+    """Of which a length that was asked for, like a limit, is a part; a cache without training takes none away."""
+    for name in ("ramt", "bitfit", "wise_ft", "coop+ramt", "tip+ramt", "coop+tip_f+ramt"):
+        found = result(done[1], name)
+        assert found["published_steps"] > found["steps"] > 0, name
+    assert result(done[1], "tip+ramt")["published_steps"] == result(done[1], "ramt")["published_steps"]
+    assert result(done[1], "zeroshot")["published_steps"] is result(done[1], "tip")["published_steps"] is None

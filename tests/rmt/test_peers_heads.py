@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from rmt import UserError
-from rmt.peers import heads, names, tip
+from rmt.peers import coop, heads, names, tip
 from rmt.peers.coop import coop_epochs
 from rmt.peers.footing import Shelf
 from rmt.peers.method import State, cosine_logits
@@ -294,6 +294,7 @@ def test_clip_adapter_is_its_formula(footing, trained):
     torch.testing.assert_close(logits(footing, "clip_adapter", stored), want, rtol=1e-4, atol=1e-4)
     assert trained["clip_adapter"].trained == 2 * 8 * 32
     assert (trained["clip_adapter"].steps, trained["clip_adapter"].published_steps) == (60, 100 * 2)
+    assert trained["clip_adapter"].notes == coop.notes(footing) != ()
 
 
 def test_clip_adapter_needs_a_gradient(footing):
