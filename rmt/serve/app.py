@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .. import __version__
 from . import page
@@ -155,6 +156,11 @@ def _handle_errors(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         reason = {404: "not_found", 405: "method", 413: "body_bytes"}.get(error.status_code, "http")
         return reply({"error": reason, "detail": str(error.detail)}, error.status_code, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        # No one reads it; the status is what the metrics count.
+        return refuse(Refused(499, "disconnected", "the client went away before its request was whole"))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -206,6 +206,9 @@ class Batcher:
 
 
 def _settle(function: Callable[[], Any], done: Future) -> None:
+    # Who asked may have gone: from here on it cannot be cancelled, so that the worker outlives it.
+    if not done.set_running_or_notify_cancel():
+        return
     try:
         done.set_result(function())
     except Exception as error:

@@ -127,7 +127,9 @@ class Service:
         Args:
             images: what gives the bytes of each; called in a thread. tasks: None is all that are loaded.
         """
-        names = list(dict.fromkeys(self.bank.tasks if tasks is None else tasks))
+        # A task that is being loaded is in the bank before its description is here.
+        loaded = [name for name in self._infos.copy() if name != BASE]
+        names = list(dict.fromkeys(loaded if tasks is None else tasks))
         if not names:
             raise Refused(422, "no_task", "a task must be asked for, or one be loaded, got none")
         if unknown := [name for name in names if name not in self._infos]:

@@ -362,3 +362,29 @@ def test_a_stopping_server_finishes_what_it_accepted_and_takes_nothing_new():
             assert (await accepted).status_code == 200 and service.in_flight == 0
 
     run(main())
+
+
+def test_an_upload_that_breaks_off_is_no_fault_of_the_server(caplog):
+    async def main():
+        async with client() as http:
+            body = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+            async def receive():
+                return next(body)
+
+            async def send(message):
+                sent.append(message)
+
+            sent = []
+            scope = {
+                "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+                "path": "/v1/classify", "raw_path": b"/v1/classify", "query_string": b"", "root_path": "",
+                "headers": [(b"content-type", b"application/json")], "client": ("test", 1), "server": ("test", 80),
+            }  # fmt: skip
+            await http.app(scope, receive, send)
+            assert [m["status"] for m in sent if "status" in m] == [499] and http.service.depth == 0
+            text = (await http.get("/metrics")).text
+            assert 'status="500"' not in text and 'status="499"' in text
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    run(main())

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import types
 
 import pytest
@@ -222,5 +223,58 @@ def test_answers_stay_right_while_tasks_come_and_go(folder):
             ended = True
             await asyncio.gather(*askers)
             assert statuses.count(200) > 20 and http.service.depth == 0
+
+    run(main())
+
+
+def test_a_task_that_is_being_loaded_is_not_asked_yet(folder):
+    """All tasks are those with a description; the bank has one more for the moment that its bits are counted."""
+
+    async def main():
+        async with client(roots=(folder / "tasks",)) as http:
+            bank, counted, info = http.service.bank, threading.Event(), http.service.bank.info
+
+            def slow(name):
+                assert name != "cars" or counted.wait(20)
+                return info(name)
+
+            bank.info = slow
+            loading = asyncio.create_task(http.post("/v1/tasks", json={"path": "cars"}))
+            await until(lambda: "cars" in bank.tasks)
+            asked = asyncio.create_task(classify(http))
+            await until(lambda: asked.done() or http.service.batcher._waiting)
+            counted.set()
+            response = await asked
+            assert response.status_code == 200, response.text
+            assert [a["task"] for a in response.json()["images"][0]["answers"]] == list(CLASSES)
+            assert (await loading).status_code == 201
+
+    run(main())
+
+
+def test_a_load_whose_client_went_away_leaves_the_worker_alive(folder):
+    async def main():
+        async with client(roots=(folder / "tasks",)) as http:
+            service, bank = http.service, http.service.bank
+            entered, gate, info = threading.Event(), threading.Event(), bank.info
+
+            def slow(name):
+                entered.set()
+                assert gate.wait(20)
+                return info(name)
+
+            bank.info = slow
+            loading = asyncio.create_task(http.post("/v1/tasks", json={"path": "cars"}))
+            await until(entered.is_set)
+            # Running, and waiting in the queue.
+            waiting = asyncio.create_task(http.delete("/v1/tasks/signs"))
+            await until(lambda: service.batcher._calls)
+            loading.cancel()
+            waiting.cancel()
+            await asyncio.sleep(0.05)
+            gate.set()
+            bank.info = info
+            assert (await classify(http, tasks=["pets"])).status_code == 200
+            assert "cars" in bank.tasks and "signs" in bank.tasks, "what runs ends, what waits is not begun"
 
     run(main())
