@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..config import UserError
 from ..files import write_whole
-from .images import SUFFIXES, files_in, missing, read_text
+from .images import SUFFIXES, files_in, missing, need_utf8, read_text
 from .items import PARTS, Item, Split, make_split
 
 
@@ -55,7 +55,8 @@ def read_classes(folder: Path) -> dict[str, list[str]]:
     """Class name -> sorted image paths, of a folder that holds a folder for each class. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"data needs the folder {folder}, which is missing")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
+    names = need_utf8(folder, sorted(names))
     if not names:
         raise UserError(f"{folder} must hold a folder for each class, got none")
     classes = {}

@@ -14,8 +14,18 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def files_in(folder: str | Path) -> list[str]:
-    """Sorted names of the image files in a folder, hidden ones left out."""
-    return sorted(n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and n[0] != ".")
+    """Sorted names of the image files in a folder, hidden ones left out. Raises UserError as `need_utf8`."""
+    return need_utf8(folder, sorted(n for n in os.listdir(folder) if n.lower().endswith(SUFFIXES) and n[0] != "."))
+
+
+def need_utf8(folder: str | Path, names: list[str]) -> list[str]:
+    """The names. Raises UserError for one that no JSON, task file or page could hold."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"names in {folder} must be UTF-8, got {os.fsencode(name)!r}: rename it") from None
+    return names
 
 
 def missing(paths: Sequence[str]) -> list[str]:

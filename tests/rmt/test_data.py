@@ -1,7 +1,9 @@
 import csv
 import dataclasses
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import tiny
@@ -245,3 +247,16 @@ def test_what_is_no_split_json_is_refused(tmp_path, text):
     (tmp_path / "split.json").write_text(text)
     with pytest.raises(UserError, match=r"split\.json must be"):
         read_data(tmp_path / "split.json")
+
+
+@pytest.mark.parametrize("bad", [b"a/caf\xe9.png", b"caf\xe9/x.png"], ids=["file", "class"])
+def test_read_folder_refuses_names_that_are_not_utf8(tmp_path, bad):
+    folder = tiny.images(tmp_path / "data", 4)
+    path = os.fsencode(folder) + b"/" + bad
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        Path(os.fsdecode(path)).write_bytes((folder / "red ball" / "000.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    with pytest.raises(UserError, match=r"must be UTF-8, got b'caf\\xe9(\.png)?': rename it"):
+        read_data(folder)

@@ -140,3 +140,11 @@ def test_the_command_takes_several(folder, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out and "rmt report " in out.read_text()
     assert main(["report", str(folder), str(tmp_path / "none"), "--out", str(tmp_path / "no.html")]) == 2
     assert not (tmp_path / "no.html").exists()
+
+
+def test_dollars_in_a_name_are_letters():
+    """Matplotlib would read what stands between two of them as a formula, and most names are no valid one."""
+    names = ["$5_$10 note", "from $1 to $2"]
+    assert figures.confusion([[1, 2], [3, 4]], names).startswith("data:")
+    table = [[1, 0.5], [0.5, 1]]
+    assert figures.overlap(["run$a_$1", "b"], table, table).startswith("data:")
