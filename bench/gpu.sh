@@ -85,7 +85,7 @@ if [ -n "$dry" ]; then
   stage sanitize_triton 600 "" "$(module triton)" "$py" $driver triton --emulated
   stage train_step 120 "" "$(first "$(file bench/train_step.py)" "$(module open_clip)")" \
     "$py" bench/train_step.py --quick --json "$out/train_step.json"
-  stage whole_run 300 "" "$(module open_clip)" "$py" bench/whole_run.py --quick --model ViT-B-32 --device cpu \
+  stage whole_run 300 "" "$(first "$(module open_clip)" "$(module jsonargparse)")" "$py" bench/whole_run.py --quick --model ViT-B-32 --device cpu \
     --precision fp32 --json "$out/whole_run.json"
   for bench in update weight_grad swap; do
     stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --quick --seconds 0.01 --json "$out/$bench.json"
@@ -112,9 +112,12 @@ else
   done
   bank=tests/rmt/test_bank_gpu.py
   stage tests_bank 60 build "$(first "$(file $bank)" "$(module open_clip)")" "$py" -m pytest -m gpu $bank
-  stage tests_rest 60 build "" "$py" -m pytest -m gpu tests --ignore tests/kernels/test_cuda.py \
+  stage tests_rest 60 build "" "$py" -m pytest -m gpu tests/kernels --ignore tests/kernels/test_cuda.py \
     --ignore tests/kernels/test_cuda_grouped.py --ignore tests/kernels/test_swap.py \
-    --ignore tests/kernels/test_triton.py --ignore tests/kernels/test_races.py --ignore $bank
+    --ignore tests/kernels/test_triton.py --ignore tests/kernels/test_races.py
+  # Only files with a GPU test: others import what is not needed here.
+  stage tests_rmt 60 build "$(module open_clip)" "$py" -m pytest -m gpu \
+    $(grep -l mark.gpu tests/rmt/test_*.py | grep -v $bank)
   # Some virtual machines keep the tool from the device: that says nothing about the kernels.
   unsupported='"$@" 2>&1 | tee "$0"; code=${PIPESTATUS[0]}
     ! grep "Device not supported" "$0" || exit 77; exit $code'
@@ -125,7 +128,7 @@ else
       --target-processes application-only "$py" tests/kernels/sanitizer_driver.py "$backend"
   }
   for check in memcheck racecheck synccheck initcheck; do sanitize cuda $check; done
-  right="build tests_cuda races_cuda tests_rest memcheck_cuda racecheck_cuda synccheck_cuda initcheck_cuda"
+  right="build tests_cuda races_cuda tests_rest tests_rmt memcheck_cuda racecheck_cuda synccheck_cuda initcheck_cuda"
   cuda="env RMT_BACKEND=cuda $py"
   # Many tasks over one weight: rows by task against folded copies and one dense product; and what a swap costs.
   for dtype in bf16 fp32; do
@@ -144,7 +147,7 @@ else
     stage train_step_$precision 80 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
       --device cuda --precision $precision --memory no --seconds 10 $quick --json "$out/train_step_$precision.json"
   done
-  stage whole_run 90 "$right" "$(module open_clip)" $cuda bench/whole_run.py --device cuda $quick \
+  stage whole_run 90 "$right" "$(first "$(module open_clip)" "$(module jsonargparse)")" $cuda bench/whole_run.py --device cuda $quick \
     --json "$out/whole_run.json"
   for bench in update weight_grad; do
     stage $bench 45 "$right" "$(first "$(file bench/$bench.py)" "$(on_gpu bench/$bench.py)")" \

@@ -188,7 +188,7 @@ class Rmt(Variant):
                 mask.refresh()
         if first:
             raise RuntimeError(f"the official code masks {list(first)} too")
-        lr = torch.tensor(LR, device=problem.device) if graph else LR
+        lr = torch.tensor(LR, dtype=torch.float64, device=problem.device) if graph else LR
         self.optimizer = MaskAdam(self.masks, lr=lr, capturable=graph)
         half = "bf16" if precision == "bf16" else "fp32"
         config = TrainConfig(strength=STRENGTH, l2=official.L2, precision=half, shortcuts=shortcuts)

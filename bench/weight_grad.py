@@ -1,4 +1,4 @@
-"""The weight gradient of 16-bit factors with fp32 sums: python bench/weight_grad.py [--quick] [--json FILE]
+"""The weight gradient of 16-bit factors with fp32 sums: python bench/weight_grad.py [--device cuda] [--json FILE]
 
 g.T @ x of CLIP's layers in bf16: rmt's `weight_grad_`, torch's bf16 product (rounded to bf16 at the end) and torch's
 fp32 product of the widened factors, casts included. Errors are relative to float64, root mean square. `as it is` forces
@@ -22,10 +22,11 @@ ROWS = {"ViT-B/32 b32": 1600, "ViT-B/16 b8": 1576}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="one layer of each model")
     parser.add_argument("--seconds", type=float, default=0.5, help="per row")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
     base = harness.provenance(device) | {"bench": "weight_grad", "dtype": "bfloat16"}
     layers = {name: shape for name, shape in harness.LAYERS.items() if name.startswith("ViT-B")}
     layers = dict(list(layers.items())[:1]) if args.quick else layers

@@ -22,7 +22,7 @@ class CapturedStep:
     While no bit is off and after that for WARMUP steps it runs as it stands; then it is captured.
 
     Args:
-        optimizer: a `MaskAdam` with capturable=True and a learning rate that is a tensor on the device.
+        optimizer: a `MaskAdam` with capturable=True and a learning rate that is a float64 tensor on the device.
         config: as for `gradients`; batches in parts are captured too.
 
     Raises: UserError off CUDA, ValueError for an optimizer that counts on the host.
@@ -35,8 +35,8 @@ class CapturedStep:
         if self.device.type != "cuda":
             raise UserError(f"graph needs a CUDA device, the model is on {self.device}")
         lr = optimizer.param_groups[0]["lr"]
-        if not optimizer.capturable or not isinstance(lr, Tensor):
-            raise ValueError(f"a graph needs MaskAdam(capturable=True, lr=a tensor), got lr={lr!r}")
+        if not optimizer.capturable or not isinstance(lr, Tensor) or lr.dtype != torch.float64:
+            raise ValueError(f"a graph needs MaskAdam(capturable=True, lr=a float64 tensor), got lr={lr!r}")
         self.model, self.text, self.optimizer, self.config = model, text, optimizer, config
         self.seed, self.step = (torch.tensor(v, dtype=torch.int64, device=self.device) for v in (seed, 0))
         self.outputs: tuple[Tensor, ...] = ()

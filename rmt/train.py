@@ -91,7 +91,8 @@ def tune(
 
 def _optimizer(found: list[Mask], lr: float, config: TrainConfig, world: World, rows: RowShards | None) -> MaskAdam:
     """Of all masks, or of this rank's rows of them; with what sums gradients over ranks."""
-    lr = torch.tensor(lr, device=found[0].scores.device) if config.graph else lr
+    # In double, as on the host: Adam's factors are divided in double before they are rounded.
+    lr = torch.tensor(lr, dtype=torch.float64, device=found[0].scores.device) if config.graph else lr
     optimizer = MaskAdam(rows.rows if rows else found, lr=lr, state=config.adam, capturable=config.graph)
     if rows:
         optimizer.gradients, optimizer.shards = RowGradients(world, rows.rows), rows

@@ -88,13 +88,20 @@ def last(op: str, device: str) -> str | None:
     return _last.get((op, device))
 
 
+def forced_on(device: str) -> str | None:
+    """The backend that was asked for, where it has a say: what a run on a GPU keeps on the host is served as usual."""
+    if device == "cpu" and _forced in ("cuda", "triton") and load(_forced).unavailable("cuda") is None:
+        return None
+    return _forced
+
+
 def choose(op: str, device: str, args: tuple) -> str:
     """Name of the backend for one call. Raises BackendUnavailable where a forced one cannot serve it."""
-    if _forced is not None:
-        reason = why_not(_forced, op, device, args)
+    if (asked := forced_on(device)) is not None:
+        reason = why_not(asked, op, device, args)
         if reason is None:
-            return _forced
-        raise BackendUnavailable(f"backend {_forced!r} was requested, but for {op} on {device}: {reason}")
+            return asked
+        raise BackendUnavailable(f"backend {asked!r} was requested, but for {op} on {device}: {reason}")
     for name in ORDER[device]:
         if unconfirmed(name, op, device) is None and why_not(name, op, device, args) is None:
             return name
@@ -120,7 +127,8 @@ def run(op: str, *args):
 def use_backend(name: str | None) -> Iterator[None]:
     """Serve every op from backend `name`, or raise BackendUnavailable. None: choose as usual.
 
-    RMT_BACKEND=name does the same for a whole process. The choice is process-wide, not per thread.
+    RMT_BACKEND=name does the same for a whole process. The choice is process-wide, not per thread. Where there is a GPU
+    for "cuda" or "triton", tensors on the host are served as usual.
     """
     global _forced
     if name is not None:
@@ -153,9 +161,9 @@ def explain(
     rows = []
     for name in OPS if op is None else (op,):
         for device in ORDER:
-            skipped, chosen = [], "reference"
-            for backend in (_forced,) if _forced else ORDER[device]:
-                reason = why_not(backend, name, device) or (None if _forced else unconfirmed(backend, name, device))
+            skipped, chosen, asked = [], "reference", forced_on(device)
+            for backend in (asked,) if asked else ORDER[device]:
+                reason = why_not(backend, name, device) or (None if asked else unconfirmed(backend, name, device))
                 if reason is None:
                     chosen = backend
                     break
@@ -163,7 +171,7 @@ def explain(
             else:
                 chosen = "none"
             notes = getattr(load(chosen), "NOTES", {}) if chosen != "none" else {}
-            why = "; ".join(skipped) or ("requested" if _forced else notes.get(name, "first choice"))
+            why = "; ".join(skipped) or ("requested" if asked else notes.get(name, "first choice"))
             row = _decided(name, device, chosen, shape, dtype) if name in PRODUCTS else ""
             last_ran = _last.get((name, device), "")
             rows.append({"op": name, "device": device, "backend": chosen, "why": why, "last": last_ran, "row": row})

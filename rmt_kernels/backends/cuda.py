@@ -20,6 +20,7 @@ from .native import DTYPES, MOMENTS, build_info, extension, missing, update_lack
 # choice: which of the paths a shape takes says dispatch.json. Only invariant products go on in that kernel.
 SMALL_M = 64
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ADDS_WIDER = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 def unavailable(device: str) -> str | None:
@@ -75,6 +76,8 @@ def lacks(name: str, args: tuple) -> str | None:
         return f"no CUDA kernel for {', '.join(sorted(other))}"
     if name == "mask_update_":
         return _update_lacks(*args[:7])
+    if name == "masked_linear" and args[4] is not None:
+        return None  # torch's product over `dense`: under autocast `weight` is of another dtype, and not looked at
     if name in ("masked_linear", "grouped_masked_linear") and args[0].dtype != args[1].dtype:
         return f"x is {args[0].dtype} and weight {args[1].dtype}: the CUDA products take one dtype"
     rows = ()
@@ -259,11 +262,14 @@ def masked_linear_dx(g: Tensor, weight: Tensor, bits: Tensor, dense: Tensor | No
 
 
 def weight_grad_(out: Tensor, g: Tensor, x: Tensor, accumulate: bool) -> None:
-    # 16-bit factors in one GEMM where torch has it (2.8 on), without widening them first.
+    # 16-bit factors in one GEMM where torch has it (2.8 on), without widening them first; 2.8 and 2.9 do not add its
+    # result to a wider matrix.
     if not len(x) or x.dtype != g.dtype or x.dtype == torch.float32 or "dtype" not in torch.ops.aten.mm.overloads():
         reference.weight_grad_(out, g, x, accumulate)
-    elif accumulate:
+    elif accumulate and _ADDS_WIDER:
         torch.addmm(out, g.T, x, out_dtype=torch.float32, out=out)
+    elif accumulate:
+        out += torch.mm(g.T, x, out_dtype=torch.float32)
     else:
         torch.mm(g.T, x, out_dtype=torch.float32, out=out)
 

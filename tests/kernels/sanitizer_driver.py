@@ -22,8 +22,10 @@ from torch import Tensor
 
 from rmt_kernels import backends, reference
 from rmt_kernels.backends import dispatch
+from rmt_kernels.backends.native import MOMENTS
 
-SHAPES = [(1, 1, 1), (5, 9, 31), (17, 40, 197)]
+# The last one's K is for kernels that read 16 bytes at once, and for 8-bit moments.
+SHAPES = [(1, 1, 1), (5, 9, 31), (17, 40, 197), (64, 40, 224)]
 # Rows for the wgmma kernel, K a multiple of 8, several tiles and a ragged edge in every direction.
 GEMM_SHAPE = (70, 130, 72)
 # Served by torch's GEMM: no kernel of ours beside those that are called here anyway.
@@ -52,8 +54,21 @@ def calls(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[tuple[str
     yield "grouped_masked_linear", (x, weight, [bits, other_bits, bits], bias, offsets, False)
     yield "gradient_dropout", (grad, other, *dropout)
     yield "mask_grad", (x, t["g_task"], t["g_general"], *dropout)
-    state = ([scores], [bits], [moments[0]], [moments[1]], [dense])
-    yield "mask_update_", (*state, [grad], [weight], factors, 0.9, 0.999, 1e-8, THRESHOLD)
+    adam = (factors, 0.9, 0.999, 1e-8, THRESHOLD)
+    yield "mask_update_", ([scores], [bits], [moments[0]], [moments[1]], [dense], [grad], [weight], *adam)
+    # All that one call can do: dropout, the L2 term, norms and counts, of two layers, and every format of the moments.
+    both = [[u.clone() for _ in range(2)] for u in (scores, bits, dense, grad, weight, other)]
+    norms, counts = torch.stack([scores.norm()] * 2), torch.zeros(2, 2, dtype=torch.int64)
+    for kind in MOMENTS:
+        if kind == torch.uint8 and scores.shape[0] > 1 and k % 32:
+            continue
+        narrow = -(-scores.numel() // reference.MOMENT_BLOCK) if kind == torch.uint8 else 0
+        scales = [torch.zeros(narrow, dtype=torch.uint8) for _ in range(4 if narrow else 0)]
+        first, second = ([torch.zeros_like(scores, dtype=kind) for _ in range(2)] for _ in range(2))
+        yield "mask_update_", (
+            both[0], both[1], first, second, both[2], both[3], both[4], *adam, both[5], [True, False], scales, norms,
+            counts, t["rng"], 1e-4, 0.3, [2, 5], [0, 0],
+        )  # fmt: skip
 
 
 def moved(value, device: str):
@@ -78,7 +93,9 @@ def wrong(op: str, got: Tensor | None, want: Tensor | None, got_args: tuple, wan
         if g.shape != w.shape or g.dtype != w.dtype:
             return f"{g.dtype} {tuple(g.shape)}, expected {w.dtype} {tuple(w.shape)}"
         if not w.is_floating_point():
-            if not torch.equal(g, w):
+            # 8-bit moments are rounded by a draw: one in a hundred may stand on the other side of it.
+            allowed = w.numel() // 100 if w.dtype == torch.uint8 else 0
+            if int((g != w).sum()) > allowed:
                 return f"{int((g != w).sum())} of {w.numel()} elements differ"
             continue
         # A tie of P and U may fall either way: the tests look closer, this run is about memory.

@@ -211,6 +211,16 @@ def test_cuda_kernels_are_refused_for_tensors_on_the_cpu():
             call()
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_forced_gpu_backend_leaves_the_hosts_tensors_alone(name, monkeypatch):
+    """A run on a GPU packs and counts bits on the host too: for its task file and its report."""
+    monkeypatch.setitem(backends._modules, name, fake_backend(pack_bits=None))
+    with rk.use_backend(name):
+        assert rk.pack_bits(torch.ones(2, 2, dtype=torch.bool)).tolist() == [[3], [3]]
+        assert row("pack_bits", "cpu")["backend"] == backends.choose("pack_bits", "cpu", ()) != name
+        assert row("pack_bits", "cuda") | {"last": ""} == row("pack_bits", "cuda") | {"backend": name, "last": ""}
+
+
 RUN = """
 import torch, rmt_kernels as rk
 rk.pack_bits(torch.ones(1, 1, dtype=torch.bool))

@@ -14,7 +14,7 @@ from kernels.cuda_checks import check_product, inside, layouts, twice, unchanged
 
 import rmt_kernels as rk
 from rmt_kernels import backends, reference
-from rmt_kernels.backends import cuda, dispatch
+from rmt_kernels.backends import cuda, dispatch, native
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 HALVES = FLOATS[1:]
@@ -127,6 +127,18 @@ def test_weight_gradients_of_16_bit_factors_are_not_rounded(shape, dtype, accumu
     reference.weight_grad_(plain, g, x, accumulate)
     truth = g.double().T @ x.double() + (start.double() if accumulate else 0)
     assert_no_worse(got, plain, truth, scale=g.double().abs().T @ x.double().abs() + start.double().abs())
+
+
+def test_weight_gradients_of_16_bit_factors_are_added_by_hand_where_torch_does_not(monkeypatch):
+    """torch 2.8 and 2.9: addmm refuses a sum that is wider than the factors."""
+    t = layer((50, 48, 64), torch.bfloat16)
+    got, plain = t["scores"].clone(), t["scores"].clone()
+    reference.weight_grad_(plain, t["g_task"], t["x"], True)
+    monkeypatch.setattr(cuda, "_ADDS_WIDER", False)
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: pytest.fail("asked torch to add"))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
+    cuda.weight_grad_(got, t["g_task"], t["x"], True)
+    torch.testing.assert_close(got, plain)
 
 
 def test_mask_update_leaves_pad_bits_off(device):
@@ -282,6 +294,8 @@ def test_says_why_not(monkeypatch):
     assert cuda.lacks("masked_weight", (weight.double(), bits)) is None
     assert cuda.lacks("masked_linear", (x[:64], weight, bits, None, None)) is None
     assert cuda.lacks("masked_linear", (x, weight, bits, None, weight)) is None
+    # Autocast: x and the kept masked weight in 16 bits, the weight itself in 32.
+    assert cuda.lacks("masked_linear", (half[0], weight, bits, None, half[1])) is None
     assert cuda.lacks("masked_linear", (half[0][:, :32], half[1][:, :32], bits[:, :1], None, None)) is None
     for args, word in [
         ((wide, weight.double(), bits, None, None), "float64"),
@@ -308,13 +322,23 @@ def test_says_why_not(monkeypatch):
 
 
 def test_the_sanitizers_see_every_kernel_and_their_driver_checks_results(device, monkeypatch):
-    launched, launch = set(), cuda._launch
-    monkeypatch.setattr(cuda, "_launch", lambda name, *args: (launched.add(f"cuda_{name}"), launch(name, *args))[1])
+    launched, updates, launch = set(), set(), cuda._launch
+
+    def noted(name, *args):
+        launched.add(f"cuda_{name}")
+        if name == "mask_update":  # generals, format of the moments, sums over a block
+            updates.add((bool(args[8]), args[15], bool(args[22])))
+        return launch(name, *args)
+
+    monkeypatch.setattr(cuda, "_launch", noted)
     monkeypatch.setattr(dispatch, "row", sanitizer_driver.from_bits)
     assert sanitizer_driver.run("cuda", cuda, device) == []
     sizes = {"cuda_fragment_words", "cuda_mask_update_partials"}  # they launch nothing
     bound = {name for name in dir(cuda.extension) if name.startswith("cuda_")} - sizes
     assert launched == bound or (device == "cuda" and not sanitizer_driver.has_wgmma(device))
+    assert updates == {(False, native.MOMENTS[torch.float32], False)} | {
+        (True, m, True) for m in native.MOMENTS.values()
+    }
     ops = {op for op, _ in sanitizer_driver.calls((5, 9, 31), torch.float32)}
     assert set(backends.OPS) <= ops | sanitizer_driver.NO_KERNEL["triton"], "every op of a kernel has a call"
     for name, broken in (("pack_bits", lambda m: reference.pack_bits(~m)), ("mask_update_", lambda *args: None)):
