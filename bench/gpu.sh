@@ -140,7 +140,8 @@ else
     [ $backend != triton ] || needs="build tests_triton races_triton"
     [ $backend != cuda ] || needs=$right
     stage grouped_$backend 45 "$needs" "$(first "$(file bench/grouped.py)" "$(on_gpu bench/grouped.py)")" \
-      env RMT_BACKEND=$backend "$py" bench/grouped.py --device cuda $quick --json "$out/grouped_$backend.json"
+      env RMT_BACKEND=$backend "$py" bench/grouped.py --device cuda --tasks 1 4 16 32 --rows 1 4 16 64 \
+      --seconds 0.05 $quick --json "$out/grouped_$backend.json"
   done
   step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
   for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do

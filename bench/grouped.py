@@ -1,10 +1,11 @@
-"""Many tasks over one weight, and a change of task: python bench/grouped.py [--quick] [--threads N] [--json FILE]
+"""Many tasks over one weight, and a change of task: python bench/grouped.py [--device cuda] [--quick] [--json FILE]
 
 Rows grouped by task through one linear layer: `grouped_masked_linear` (`rmt`, and `invariant` with invariant=True)
 beside T products over T folded copies of the weight (`folded`: a model per task; copies rotate, so that they come from
 memory), one product of all rows over one copy (`dense`: what no mask would cost), a loop over `masked_linear`
-(`looped`) and the reference. Then the masked weights of ViT-B's image tower rewritten in place for another task: whole
-(`whole`), the words that differ (`differing`), and the packed bits alone (`bits`).
+(`looped`) and the reference; on CUDA one batched product over the stacked copies too (`batched`), which needs as many
+rows of every task. Then the masked weights of ViT-B's image tower rewritten in place for another task: whole (`whole`),
+the words that differ (`differing`), and the packed bits alone (`bits`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ PAIRS = {"two tasks": None, "0.1 % flipped": 1e-3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="one layer, 16 tasks of 1 and 16 rows")
     parser.add_argument("--tasks", type=int, nargs="+", default=TASKS)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of each task")
@@ -40,26 +42,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, seconds = torch.device("cpu"), 0.1 if args.quick else args.seconds
-    base = harness.provenance(device) | {
-        "bench": "grouped",
-        "command": f"python bench/grouped.py --threads {args.threads}",
-    }
+    device, seconds = torch.device(args.device), 0.1 if args.quick else args.seconds
+    how = f"--threads {args.threads}" if device.type == "cpu" else f"--device {device}"
+    base = harness.provenance(device) | {"bench": "grouped", "command": f"python bench/grouped.py {how}"}
     layers = SHAPES[:1] if args.quick else SHAPES
     cases = [(t, m) for t in ((16,) if args.quick else args.tasks) for m in ((1, 16) if args.quick else args.rows)]
     products, swaps = [], []
     with torch.no_grad(), harness.progress(len(DTYPES) * (len(layers) * len(cases) + len(PAIRS)), "timing") as bar:
         for dtype in DTYPES.values():
             for name in layers:
-                weight = Layer(*harness.LAYERS[name], dtype)
+                weight = Layer(*harness.LAYERS[name], dtype, device)
                 for tasks, m in cases:
-                    products.append(base | {"layer": name} | weight.compare(tasks, m, device, seconds))
+                    products.append(base | {"layer": name} | weight.compare(tasks, m, seconds))
                     bar.update()
                 del weight
             for pair, flipped in PAIRS.items():
                 swaps.append(base | {"pair": pair} | swap(dtype, flipped, device, seconds))
                 bar.update()
-    print(f"{base['device_name']}, torch {base['torch']}, {backends.load('cpu').device_kind()}")
+    print(f"{base['device_name']}, torch {base['torch']}, {backends.load(device.type).device_kind()}")
     show(products, swaps)
     if args.json:
         harness.write_json(args.json, products + swaps)
@@ -68,17 +68,23 @@ def main() -> None:
 class Layer:
     """A weight, masks for as many tasks as are asked for, and folded copies to rotate through."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.weight = torch.randn(n, k, generator=generator).to(dtype)
-        self.bits = [rk.pack_bits(torch.rand(n, k, generator=generator) > OFF) for _ in range(max(TASKS))]
+        # A backend that is forced for the products need not serve what makes their operands.
+        with rk.use_backend(None):
+            self._make(n, k, dtype, device, generator)
+
+    def _make(self, n: int, k: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+        self.weight = torch.randn(n, k, generator=generator).to(device, dtype)
+        masks = (torch.rand(n, k, generator=generator) > OFF for _ in range(max(TASKS)))
+        self.bits = [rk.pack_bits(mask.to(device)) for mask in masks]
         copies = max(len(self.bits), min(256, ROTATED_BYTES // self.weight.nbytes))
         self.folded = [rk.masked_weight(self.weight, self.bits[i % len(self.bits)]) for i in range(copies)]
 
-    def compare(self, tasks: int, m: int, device: torch.device, seconds: float) -> dict:
+    def compare(self, tasks: int, m: int, seconds: float) -> dict:
         """Checks every way against float64, then times it."""
-        (n, k), dtype = self.weight.shape, self.weight.dtype
-        x = torch.randn(tasks * m, k, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (n, k), dtype, device = self.weight.shape, self.weight.dtype, self.weight.device
+        x = torch.randn(tasks * m, k, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         bits, offsets, turn = self.bits[:tasks], [i * m for i in range(tasks + 1)], 0
 
         def separate(first: int) -> torch.Tensor:
@@ -100,6 +106,9 @@ class Layer:
                 [rk.masked_linear(x[i : i + m], self.weight, words) for i, words in zip(offsets, bits)]
             ),
         }
+        if device.type == "cuda":
+            stacked = torch.stack(self.folded[:tasks])
+            variants["batched"] = lambda: torch.bmm(x.view(tasks, m, k), stacked.mT).view(tasks * m, n)
         if tasks * m <= REFERENCE_ROWS:  # it takes seconds for more
             variants["reference"] = lambda: reference.grouped_masked_linear(x, self.weight, bits, None, offsets, False)
         truth = torch.cat([x[i : i + m].double() @ c.double().T for i, c in zip(offsets, self.folded)])
@@ -118,14 +127,15 @@ class Layer:
 def swap(dtype: torch.dtype, flipped: float | None, device: torch.device, seconds: float) -> dict:
     """Another task's masked weights in the place of one's, there and back, for every layer of the tower."""
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(s, generator=generator).to(dtype) for s in TOWER]
+    weights = [torch.randn(s, generator=generator).to(device, dtype) for s in TOWER]
     masks = [torch.rand(s, generator=generator) > OFF for s in TOWER]
     others = [
         torch.rand(m.shape, generator=generator) > OFF if flipped is None else m ^ (torch.rand(m.shape) < flipped)
         for m in masks
     ]
-    tasks = [[rk.pack_bits(m) for m in task] for task in (masks, others)]
-    out = [rk.masked_weight(w, b) for w, b in zip(weights, tasks[0])]
+    with rk.use_backend(None):
+        tasks = [[rk.pack_bits(m.to(device)) for m in task] for task in (masks, others)]
+        out = [rk.masked_weight(w, b) for w, b in zip(weights, tasks[0])]
     kept, now = [b.clone() for b in tasks[0]], 0
 
     def turn(write) -> None:
@@ -154,7 +164,7 @@ def swap(dtype: torch.dtype, flipped: float | None, device: torch.device, second
 
 
 def show(products: list[dict], swaps: list[dict]) -> None:
-    names = ["rmt", "invariant", "looped", "folded", "dense"]
+    names = [name for name in ("rmt", "invariant", "looped", "folded", "batched", "dense") if name in products[0]["ms"]]
     lines = []
     for r in products:
         ms = {name: r["ms"][name]["median"] for name in names}

@@ -103,6 +103,9 @@ def test_everything_runs_where_all_passes(tmp_path, pretend_gpu):
     done = gpu_sh("--quick", "--out", tmp_path / "out", python=python, path=pretend_gpu)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout
+    found = stages(tmp_path / "out")
+    sanitizers = tuple(f"{check}check_" for check in ("mem", "race", "sync", "init"))
+    assert not [name for name, row in found.items() if row["result"] == "SKIP" and not name.startswith(sanitizers)]
     calls = log.read_text()
     for call in ("cuda bench/masked_linear.py --device cuda --dtype bf16", " bench/dispatch.py --device cuda",
                  "cuda bench/swap.py --device cuda --dtype bf16", "-m pytest -m gpu tests/rmt/test_bank_gpu.py",
@@ -132,6 +135,7 @@ def test_what_is_missing_is_skipped_with_the_reason(tmp_path, pretend_gpu):
         assert found["memcheck_cuda"]["why"] == "compute-sanitizer is not on the PATH"
     want = "open_clip is not installed" if (ROOT / "bench" / "train_step.py").is_file() else "no bench/train_step.py"
     assert found["train_step_bf16"]["result"] == "SKIP" and want in found["train_step_bf16"]["why"]
+    assert (found["tests_rest"]["result"], found["tests_rmt"]["result"]) == ("PASS", "SKIP")
     assert done.returncode == 0
 
 
