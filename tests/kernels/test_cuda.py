@@ -5,14 +5,16 @@ The emulator runs the kernels' own source (csrc/cuda/*.cu), so these tests mean 
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import SHAPES, THRESHOLD, assert_no_worse, assert_same_dropout, layer, need_gpu, shape_id
 from kernels import sanitizer_driver
-from kernels.cuda_checks import check_product, inside, layouts, twice, unchanged
+from kernels.cuda_checks import check_product, cuda_backend, inside, layouts, twice, unchanged
 
 import rmt_kernels as rk
+from rmt.config import TrainConfig
 from rmt_kernels import backends, reference
 from rmt_kernels.backends import cuda, dispatch, native
 
@@ -417,3 +419,23 @@ def test_in_a_graph_with_a_new_step():
         assert all(torch.equal(a, b) for a, b in zip(replayed, eager))
         seen.append(replayed[1])
     assert not torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_steps_ask_for_nothing_that_cuda_lacks(precision, request, monkeypatch):
+    """Forced, as by RMT_BACKEND=cuda: what is lacking raises. Under autocast x and the weight are of two dtypes."""
+    pytest.importorskip("open_clip")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "rmt")
+    from test_train import RATES, scores, tuned
+
+    cuda_backend("emulator", request, monkeypatch)
+    monkeypatch.setitem(backends.ORDER, "cpu", ("cuda", "reference"))
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None if device == "cpu" else "emulated")
+    monkeypatch.setattr(cuda, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(cuda, "weight_grad_", reference.weight_grad_)  # torch's product, which its CPU has not
+    config = TrainConfig(strength=1.0, precision=precision)
+    want = scores(tuned(config, RATES[:2], partly_off=True)[0])
+    with rk.use_backend("cuda"):
+        got = scores(tuned(config, RATES[:2], partly_off=True)[0])
+        assert {backends.last(op, "cpu") for op in ("masked_linear", "mask_update_", "masked_linear_dx")} == {"cuda"}
+    assert ((got - want).abs() < 1e-6).float().mean() > 0.99

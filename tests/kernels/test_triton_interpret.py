@@ -34,3 +34,15 @@ def test_every_kernel_matches_the_reference_in_the_interpreter(capsys):
     if run.returncode != 0:
         pytest.fail(run.stdout[-10000:] + run.stderr[-2000:], pytrace=False)
     assert " passed" in lines[-1] and "skipped" not in lines[-1]
+
+
+def test_a_training_run_agrees_with_the_reference_in_the_interpreter():
+    triton, numpy = versions()
+    if triton <= (3, 6) and numpy >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter fails with NumPy 2.4 and later")
+    test = Path(__file__).parents[1] / "rmt" / "test_train.py"
+    name = "test_five_steps_agree_with_the_reference[triton-cpu]"
+    command = [sys.executable, "-m", "pytest", f"{test}::{name}", "-q", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if k != "RMT_BACKEND"} | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0 and "skipped" not in run.stdout, run.stdout[-5000:] + run.stderr[-2000:]
