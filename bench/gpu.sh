@@ -85,8 +85,8 @@ if [ -n "$dry" ]; then
   stage sanitize_triton 600 "" "$(module triton)" "$py" $driver triton --emulated
   stage train_step 120 "" "$(first "$(file bench/train_step.py)" "$(module open_clip)")" \
     "$py" bench/train_step.py --quick --json "$out/train_step.json"
-  stage whole_run 300 "" "$(first "$(module open_clip)" "$(module jsonargparse)")" "$py" bench/whole_run.py --quick --model ViT-B-32 --device cpu \
-    --precision fp32 --json "$out/whole_run.json"
+  stage whole_run 300 "" "$(first "$(module open_clip)" "$(module jsonargparse)")" "$py" bench/whole_run.py --quick \
+    --model ViT-B-32 --device cpu --precision fp32 --json "$out/whole_run.json"
   for bench in update weight_grad swap; do
     stage $bench 120 "" "$(file bench/$bench.py)" "$py" bench/$bench.py --quick --seconds 0.01 --json "$out/$bench.json"
   done
@@ -146,14 +146,19 @@ else
   step=$(first "$(file bench/train_step.py)" "$(module open_clip)")
   for precision in bf16 $([ -n "$quick" ] || echo tf32 fp32); do
     stage train_step_$precision 80 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 --batch 32 \
-      --device cuda --precision $precision --memory no --seconds 10 $quick --json "$out/train_step_$precision.json"
+      --device cuda --precision $precision --memory no --seconds 10 --no-compile $quick \
+      --json "$out/train_step_$precision.json"
   done
-  stage whole_run 90 "$right" "$(first "$(module open_clip)" "$(module jsonargparse)")" $cuda bench/whole_run.py --device cuda $quick \
-    --json "$out/whole_run.json"
+  stage whole_run 90 "$right" "$(first "$(module open_clip)" "$(module jsonargparse)")" $cuda bench/whole_run.py \
+    --device cuda $quick --json "$out/whole_run.json"
   for bench in update weight_grad; do
     stage $bench 45 "$right" "$(first "$(file bench/$bench.py)" "$(on_gpu bench/$bench.py)")" \
       $cuda bench/$bench.py --device cuda --json "$out/$bench.json"
   done
+  # The compiler takes longer than all variants beside it.
+  [ -n "$quick" ] || stage train_step_compiled 180 "$right" "$step" $cuda bench/train_step.py --model ViT-B-16 \
+    --batch 32 --device cuda --precision bf16 --memory no --seconds 5 --variants "as published" compiled rmt \
+    --json "$out/train_step_compiled.json"
   stage dispatch 60 "$right" "" "$py" bench/dispatch.py --device cuda --seconds 0.1 --json "$out/dispatch_rows.json" \
     --write "$out/dispatch.json"
   for dtype in bf16 fp32; do

@@ -166,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"), help="tf32 on cuda only")
     parser.add_argument("--variants", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compiled variant out")
     parser.add_argument("--seconds", type=float, default=60.0, help="timing, all variants together, after the checks")
     parser.add_argument("--quick", action="store_true", help="a toy, in seconds, without the compiler")
     parser.add_argument("--profile", action="store_true", help="where the time over the floor goes")
@@ -190,8 +191,9 @@ def main() -> None:
     setup = Setup(args.model, args.batch, args.device, args.precision, malloc=args.malloc)
     if args.quick:
         setup = Setup(**vars(QUICK) | {"device": args.device, "precision": args.precision})
-        args.variants = [name for name in args.variants if name != COMPILED]
         print("--quick: a toy that shows that the benchmark runs. Its numbers mean nothing.")
+    if args.quick or args.no_compile:
+        args.variants = [name for name in args.variants if name != COMPILED]
     times, replays, extra = {}, {}, []
     if args.memory != "only":
         problem = Problem(setup)
