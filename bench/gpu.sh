@@ -103,11 +103,11 @@ else
     "$py" setup.py -q build_ext --inplace --build-temp "$work/build"
   stage doctor 60 build "" bash -c '"$0" -m rmt.cli doctor --json >"$1"' "$py" "$out/doctor.json"
   parallel=$([ -n "$(module xdist)" ] || echo "-n 4")
-  stage tests_cuda 100 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_cuda.py \
+  stage tests_cuda 120 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_cuda.py \
     tests/kernels/test_cuda_grouped.py tests/kernels/test_swap.py
   stage tests_triton 120 build "" "$py" -m pytest -m gpu $parallel tests/kernels/test_triton.py
   for backend in cuda triton; do
-    stage races_$backend 60 "build tests_$backend" "" "$py" -m pytest -m gpu $parallel tests/kernels/test_races.py \
+    stage races_$backend 90 "build tests_$backend" "" "$py" -m pytest -m gpu $parallel tests/kernels/test_races.py \
       -k $backend
   done
   bank=tests/rmt/test_bank_gpu.py
