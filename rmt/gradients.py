@@ -6,7 +6,7 @@ rule is still missing); `mask_update_` or `gradient_dropout` multiplies while it
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,13 @@ class Gradients:
     def live(self) -> list[int]:
         """Positions of the masks that the task loss has reached."""
         return [i for i, arrived in enumerate(self._arrived[TASK]) if arrived]
+
+    def parts(self, batch: Tensor, count: int, total: int | None) -> Sequence[Tensor]:
+        """This rank's share of `total` images in at most `count` parts; None: all are here.
+
+        Ranks may have different numbers of them: what travels does so once a step.
+        """
+        return batch.chunk(count)
 
     @contextlib.contextmanager
     def collecting(self, side: int) -> Iterator[None]:

@@ -28,6 +28,14 @@ class RowGradients(Gradients):
         self._travelling: deque[tuple[Tensor, Callable[[], None]]] = deque()
         self._free: dict[tuple[int, ...], list[Tensor]] = {}
 
+    def parts(self, batch: Tensor, count: int, total: int | None) -> Sequence[Tensor]:
+        """Each part's products talk, so that ranks must have the same number: no more than the smallest share allows.
+
+        `chunk` promises no number: 4 images in 3 parts are 2.
+        """
+        smallest = len(batch) if total is None else total // self.world.size
+        return batch.tensor_split(min(count, smallest))
+
     def add_scores(self, side: int, i: int, gradient: Tensor) -> None:
         """Raises: RuntimeError. A gradient of scores themselves would be of scores that are not here."""
         raise RuntimeError(f"{self.masks[i].key} is sharded: its scores get gradients from eager products alone")

@@ -65,7 +65,7 @@ def gradients(
         alike = config.shortcuts and optimizer.all_on()
     # Neither dropout in the towers nor text that is masked: what else could tell the two apart.
     alike = alike and not model.training and not (isinstance(text, clip.Text) and text.masked)
-    parts = list(zip(image.chunk(config.accumulate), label.chunk(config.accumulate)))
+    parts = list(zip(*(optimizer.gradients.parts(t, config.accumulate, total) for t in (image, label))))
     for n, (x, y) in enumerate(parts):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         logits, teacher = both_logits(model, text, x, config, alike)

@@ -56,6 +56,7 @@ STEPS = {
     "zero, bf16": (2, 8, RECIPE, {"zero": True, "reduce": "bf16"}),
     "shard, two": (2, 8, RECIPE, {"shard": True}),
     "shard, three, parts": (3, 8, replace(RECIPE, accumulate=2), {"shard": True}),
+    "shard, parts, uneven": (2, 7, replace(RECIPE, accumulate=3), {"shard": True}),
     "shard, four, 8 bits": (4, 8, replace(RECIPE, adam="8bit"), {"shard": True}),
     "shard, all on at first": (2, 8, replace(RECIPE, lr=2e-3), {"shard": True, "on": True}),
     "shard, a rival": (2, 8, replace(RECIPE, dropout="sign"), {"shard": True}),
