@@ -182,7 +182,8 @@ class MaskAdam(torch.optim.Optimizer):
         device until a bit is off; from then on the answer is no, without asking, even if all should come on again.
         """
         if self._counted != self._versions():
-            on = [int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
+            # Of rows, a rank may have none.
+            on = [m.bits.numel() and int(rmt_kernels.unpack_bits(m.bits, m.weight.shape[1]).sum()) for m in self.masks]
             on = torch.tensor(on, device=self.counts.device)
             self.counts[:, 1] = self.shards.whole_counts(on) if self.shards else on
             self._counted, self._some_off = self._versions(), False

@@ -22,8 +22,9 @@ from rmt.cli import main
 from rmt.config import RunConfig, TrainConfig, UserError, to_yaml
 from rmt.evaluate import load_run, read_run
 from rmt.meet import _meet, joined
+from rmt.optim import MaskAdam
 from rmt.reduction import Reduction, _buckets, _owners
-from rmt.row_shards import need_rows
+from rmt.row_shards import RowShards, need_rows
 from rmt.run import run
 from rmt.world import World
 
@@ -217,6 +218,19 @@ def test_a_fully_sharded_run_is_that_of_whole_ones(done):
     assert b["off"] == pytest.approx(a["off"], rel=1e-3)
     # The model that was measured afterwards is whole, and has the masks that were saved.
     assert load_run(*read_run(sharded)).test().metrics() == b["metrics"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_rank_without_any_row_of_a_mask_counts_bits_too(on, monkeypatch):
+    monkeypatch.setattr(World, "start_sum_", lambda self, tensor: lambda: None)
+    found = rmt.masks(world_tools.masked(on=on))
+    shards = RowShards(World(8, 9, shard=True), found)
+    assert any(len(row.scores) == 0 for row in shards.rows) and any(len(row.scores) for row in shards.rows)
+    optimizer = MaskAdam(shards.rows)
+    optimizer.shards = shards
+    assert optimizer.all_on() is False, "these rows are not all"
+    for count, row in zip(optimizer.counts[:, 1].tolist(), shards.rows):
+        assert (count == row.scores.numel()) if on else (count <= row.scores.numel())
 
 
 def test_what_cannot_be_cut_into_rows_is_refused():
