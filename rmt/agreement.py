@@ -39,7 +39,10 @@ def what_is_asked(config: RunConfig, world: World) -> dict[str, str]:
 
 
 def what_is_there(setup: "Setup", batches: "TrainBatches") -> dict[str, str]:
-    """Known once all is loaded: the frozen weights, the training images and the selection."""
+    """Known once all is loaded: the frozen weights, the training images and the selection.
+
+    Reads all weights: seconds where the model is large. A resume file keeps some of it.
+    """
     scores = {mask.key.removesuffix("weight") + "scores" for mask in setup.masks}
     weights = {k: t for k, t in setup.clip.model.state_dict().items() if k not in scores}
     return {

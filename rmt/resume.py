@@ -26,7 +26,7 @@ class Resume:
 
     Args:
         path: of the file.
-        fingerprint: texts that say which run this is; a file with others is refused.
+        fingerprint: texts that say which run this is, by name; a file with others is refused.
         every: seconds between two writings; 0 writes after every step.
         world: the processes of the run. Rank 0 alone reads and writes, and tells the others what it has read: the file
             needs to be seen by no other, and does not say how many ranks wrote it.
@@ -84,7 +84,8 @@ class Resume:
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
         for name, mine in self.fingerprint.items():
-            if (theirs := _as_now(name, state["fingerprint"].get(name))) != mine:
+            # Older files lack some names: they say nothing of these.
+            if (theirs := _as_now(name, state["fingerprint"].get(name, mine))) != mine:
                 raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
         return state
 
@@ -115,9 +116,9 @@ class Resume:
         self._written = time.monotonic()
 
 
-def _as_now(name: str, text: str | None) -> str | None:
+def _as_now(name: str, text: str) -> str:
     """A config as this version writes it: fields that are newer than the file have their defaults."""
-    if name != "config" or text is None:
+    if name != "config":
         return text
     try:
         return to_yaml(from_yaml(text))

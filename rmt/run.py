@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -60,12 +60,13 @@ def run(
         return finished
     setup, batches, made = world.together(lambda: _prepared(config, world))
     world.need(batches.batch, "images of a batch")
-    world.agree(lambda: what_is_there(setup, batches))
+    there = world.together(lambda: what_is_there(setup, batches))
+    world.agree(lambda: there)
     world.from_first(lambda: _write_inputs(config, setup.split, out))
     _say_what_follows(setup, made, batches)
     zero_shot = _zero_shot(setup, {} if known is None else known, world)
     print(f"zero-shot  {zero_shot}", flush=True)
-    seconds = tune_masks(setup, setup.config, made, batches, out, world)
+    seconds = tune_masks(setup, setup.config, made, batches, there, out, world)
     world.from_first(lambda: _save(setup, out) and None)  # before it is measured
     tuned = setup.test(world=world)
     return world.from_first(lambda: _finish(setup, out, zero_shot, tuned, seconds, made, world))
@@ -145,13 +146,18 @@ def _zero_shot(setup: Setup, known: dict[tuple, Accuracy], world: World) -> Accu
 
 
 def tune_masks(
-    setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, out: Path, world: World | None = None
-) -> float:
-    """The loop with a resume file and metrics.jsonl in `out`. Returns the seconds that it took, of all calls."""
+    setup: Setup, config: RunConfig, made: Plan, batches: TrainBatches, there: Mapping[str, str], out: Path,
+    world: World | None = None,
+) -> float:  # fmt: skip
+    """The loop with a resume file and metrics.jsonl in `out`. Returns the seconds that it took, of all calls.
+
+    there: what `what_is_there` says of setup and batches, before any step.
+    """
     world = world or World()
     fingerprint = {
         "config": to_yaml(config), "images": indices_sha256(setup.split.train, config), "steps": str(len(made.rates)),
-        "selection": selection_sha256(setup.masks),
+        "selection": selection_sha256(setup.masks), "weights": there["weights"], "contents": there["images"],
+        "classes": there["classes"],
     }  # fmt: skip
     resume = Resume(out / RESUME_FILE, fingerprint, config.train.save_every, world)
     done = resume.steps_done

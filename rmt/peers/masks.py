@@ -6,6 +6,7 @@ import time
 from torch import Tensor
 
 from .. import clip
+from ..agreement import what_is_there
 from ..checkpoint import save_task, write_whole
 from ..config import RunConfig, resolve, to_yaml
 from ..evaluate import CONFIG_FILE, TASK_FOLDER, Setup
@@ -68,8 +69,9 @@ class MaskTuning(Method):
         config, made, published = self.schedule(footing, self.config(footing))
         setup = self.setup(footing, state, config)
         footing.folder.mkdir(parents=True, exist_ok=True)
+        batches = footing.batches()
         start = time.perf_counter()
-        seconds = tune_masks(setup, config, made, footing.batches(), footing.folder)
+        seconds = tune_masks(setup, config, made, batches, what_is_there(setup, batches), footing.folder)
         before = max(0.0, seconds - (time.perf_counter() - start))
         return dataclasses.replace(self.stored(footing, setup, config, made, published), seconds_before=before)
 

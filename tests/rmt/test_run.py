@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,74 @@ def wait_for(condition, process):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
         time.sleep(0.005)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(config, out):
+    """A run that ends in its fourth step, its resume file of the third."""
+
+    def log(file, advance, row):
+        if row["step"] == 4:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(rmt.run, "_log", log)
+        run(config, out)
+
+
+def other_weights(root):
+    shutil.rmtree(root / "model")
+    tiny.model_folder(root / "model", seed=1)
+
+
+def other_pixels(root):
+    """Under the same names: within a class, so that labels stay."""
+    for folder in (root / "data" / "train").iterdir():
+        first, *_, last = sorted(folder.iterdir())
+        a, b = first.read_bytes(), last.read_bytes()
+        first.write_bytes(b), last.write_bytes(a)
+
+
+def other_labels(root):
+    path = root / "data.csv"
+    path.write_text(path.read_text().replace(",0,", ",x,").replace(",1,", ",0,").replace(",x,", ",1,"))
+
+
+def other_names(root):
+    path = root / "data.csv"
+    path.write_text(path.read_text().replace(",blue sky,", ",grey sky,"))
+
+
+@pytest.mark.parametrize(
+    "change, what",
+    [(other_weights, "weights"), (other_pixels, "contents"), (other_labels, "contents"), (other_names, "classes")],
+)
+def test_a_killed_run_does_not_go_on_with_other_weights_images_labels_or_classes(tmp_path, capsys, change, what):
+    data = tiny.splits(tmp_path / "data", train=2, test=2)
+    if change in (other_labels, other_names):
+        rows = [
+            (path.relative_to(tmp_path), path.parent.name, n, part)
+            for part in ("train", "test") for n, folder in enumerate(sorted((data / part).iterdir()))
+            for path in sorted(folder.iterdir())
+        ]  # fmt: skip
+        data = tmp_path / "data.csv"
+        data.write_text("\n".join(["path,classname,label,split", *(",".join(map(str, row)) for row in rows)]) + "\n")
+    train = replace(SHORT, steps=6)
+    config = RunConfig(tiny.model_folder(tmp_path / "model"), data=str(data), shots=2, device="cpu", train=train)
+    killed(config, tmp_path / "run")
+    change(tmp_path)
+    with pytest.raises(UserError, match=rf"last\.pt is another run's: {what} was '\w{{12}}', now it is '\w{{12}}'"):
+        run(config, tmp_path / "run")
+    # A file from before these were kept says nothing of them.
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    for name in ("weights", "contents", "classes"):
+        del state["fingerprint"][name]
+    torch.save(state, tmp_path / "run" / "last.pt")
+    run(config, tmp_path / "run")
+    assert "resume     from step 3 of 6" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("steps", [1, 7])
