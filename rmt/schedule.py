@@ -1,8 +1,8 @@
 """The learning rates of a run, and whether Adam can flip a mask with them.
 
-A score starts at `init` and its weight goes off at `threshold`. Adam moves a score by about the learning rate a step,
-whatever the gradient: at the official 8e-5 and 30 epochs a task with three or fewer batches an epoch provably ends as
-the zero-shot model. `--schedule auto` therefore adds epochs; `--schedule paper` keeps the recipe.
+A score starts at `init`, or `spread` around it, and its weight goes off at `threshold`. Adam moves a score by about the
+learning rate a step, whatever the gradient: at the official 8e-5 and 30 epochs a task with three or fewer batches an
+epoch provably ends as the zero-shot model. So `--train.schedule auto` adds epochs; `paper` keeps the recipe.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from .config import MaskConfig, TrainConfig
 
-# Sum of learning rates that `auto` asks for, in units of the way from init to threshold. The official recipe has 5.7
+# Sum of learning rates that `auto` asks for, in units of the way to the threshold. The official recipe has 5.7
 # on DTD at 16 shots, the smallest of the larger data sets (EuroSAT 1.2, Pets 4.5, then 12 and more).
 REACH = 5.0
 
@@ -51,17 +51,18 @@ def adam_reach(rates: list[float], beta1: float = 0.9, beta2: float = 0.999) -> 
 def plan(config: TrainConfig, mask: MaskConfig, steps_per_epoch: int, *, stretch: bool) -> Plan:
     """Rates for a resolved config. stretch: epochs may be added, since the user has named no length."""
     rates = learning_rates(config, steps_per_epoch)
-    distance = mask.init - mask.threshold
+    # Of the score that starts lowest: with a spread of 1 there is none, and bits flip from the first step on.
+    distance = (mask.init - mask.threshold) * (1 - mask.spread)
+    way = f"{distance:.2g} to fall from {'the lowest first score' if mask.spread else 'init'} to threshold"
     stuck = adam_reach(rates) < distance
     # Over E epochs the cosine's rates sum to lr * steps_per_epoch * (E + 1) / 2.
     epochs = math.ceil(2 * REACH * distance / (config.lr * steps_per_epoch)) - 1
     stretch = stretch and config.schedule == "auto" and config.steps is None and epochs > config.epochs
+    steps = f"{len(rates)} steps"
     why = (
-        f"no mask can flip in {len(rates)} steps: Adam can move a score by at most {adam_reach(rates):.2g}, and it "
-        f"has {distance:.2g} to fall from init to threshold"
+        f"no mask can flip in {steps}: Adam can move a score by at most {adam_reach(rates):.2g}, and it has {way}"
         if stuck
-        else f"few masks can flip in {len(rates)} steps: their learning rates sum to {sum(rates):.2g}, and a score has "
-        f"{distance:.2g} to fall from init to threshold"
+        else f"few masks can flip in {steps}: their learning rates sum to {sum(rates):.2g}, and a score has {way}"
     )
     if stretch:
         longer = learning_rates(replace(config, epochs=epochs), steps_per_epoch)

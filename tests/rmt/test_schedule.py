@@ -79,3 +79,16 @@ def test_a_long_run_is_left_as_it_is():
     made = plan(OFFICIAL, MaskConfig(), 50, stretch=True)
     assert made.message is None and made.rates == learning_rates(OFFICIAL, 50)
     assert made.rates[0] == 8e-5 and made.rates[-1] == 8e-5 * (1 + math.cos(math.pi * 29 / 30)) / 2
+
+
+@pytest.mark.parametrize("spe", [1, 2, 5])
+def test_first_scores_that_are_spread_to_the_threshold_have_no_way_to_fall(spe):
+    made = plan(OFFICIAL, MaskConfig(spread=1.0), spe, stretch=True)
+    assert made.message is None and made.rates == learning_rates(OFFICIAL, spe)
+
+
+def test_with_a_little_spread_the_way_is_that_of_the_lowest_score():
+    made = plan(OFFICIAL, MaskConfig(spread=0.5), 1, stretch=True)
+    assert REACH * DISTANCE / 2 <= sum(made.rates) < 1.1 * REACH * DISTANCE / 2
+    assert "has 0.0025 to fall from the lowest first score to threshold: stretched to" in made.message
+    assert plan(OFFICIAL, MaskConfig(spread=0.5), 2, stretch=False).message is None, "0.0029 reach 0.0025"
