@@ -253,6 +253,15 @@ def resolve(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, mask=mask, train=dataclasses.replace(train, **filled))
 
 
+def meaning(config: RunConfig) -> tuple[RunConfig, bool]:
+    """Equal for two configs of one run, however much of it is written out.
+
+    That is `resolve`d, and whether epochs may be added (`rmt.schedule`), which a resolved one does not say.
+    """
+    train = config.train
+    return resolve(config), train.schedule == "auto" and train.epochs is None and train.steps is None
+
+
 def to_yaml(config: RunConfig) -> str:
     """YAML text that `from_yaml` turns into an equal config."""
     import yaml

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import clip
 from .agreement import selection_sha256, what_is_asked, what_is_there
 from .checkpoint import Task, environment, save_task, write_json, write_whole
-from .config import RunConfig, UserError, from_yaml, to_yaml
+from .config import RunConfig, UserError, from_yaml, meaning, to_yaml
 from .data import Split, TrainBatches, indices_sha256
 from .evaluate import CONFIG_FILE, RESULT_FILE, TASK_FOLDER, Accuracy, Setup, prepare, sampled
 from .files import open_rows
@@ -116,7 +116,7 @@ def choose(loaded: clip.Clip, split: Split, text: Tensor, config: RunConfig) -> 
 
 def _need_same_run(config: RunConfig, out: Path) -> None:
     path = out / CONFIG_FILE
-    if path.is_file() and (earlier := from_yaml(path.read_text())) != config:
+    if path.is_file() and meaning(earlier := from_yaml(path.read_text())) != meaning(config):
         odd = [name for name in vars(config) if getattr(config, name) != getattr(earlier, name)]
         raise UserError(f"out must be a new folder or this run's own, but {out} holds a run that differs in {odd}")
 

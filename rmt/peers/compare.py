@@ -15,7 +15,7 @@ import torch
 
 from .. import clip
 from ..checkpoint import sha256, write_json, write_whole
-from ..config import RunConfig, UserError
+from ..config import RunConfig, UserError, build, meaning
 from ..data import Cache, read, subset
 from ..evaluate import TEMPLATE, sampled
 from ..failures import FAILURES
@@ -25,6 +25,7 @@ from .footing import Footing, Shelf
 from .names import Stack, parse
 
 OPTIONS_FILE, TABLE_FILE = "compare.yaml", "compare.json"
+_OF_SAMPLES = ("shots", "seed", "device")  # what cells of one folder may differ in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def compare(
     if not (stacks and shots and seeds):
         raise UserError(f"a comparison needs methods, shots and seeds, got {methods}, {shots} and {seeds}")
     samples = [dataclasses.replace(config, shots=k, seed=s) for k in shots for s in seeds]
-    _need_same(config, options, out)
+    _need_same(samples, options, out)
     shared = Shared.load(config)
     rows, missing = [], []
     for number, asked in enumerate(samples, 1):
@@ -154,19 +155,32 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
 
 
-def _need_same(config: RunConfig, options: Options, out: Path) -> None:
+def _need_same(samples: Sequence[RunConfig], options: Options, out: Path) -> None:
     import yaml
 
-    values = dataclasses.asdict(config) | dataclasses.asdict(options)
-    for name in ("shots", "seed", "device"):
-        values.pop(name)
-    text = yaml.safe_dump(_plain(values), sort_keys=False)
     path = out / OPTIONS_FILE
-    if path.is_file() and path.read_text() != text:
-        raise UserError(f"out must be a new folder or this comparison's own, but {path} differs from what is asked for")
     if not path.is_file():
+        values = dataclasses.asdict(samples[0]) | dataclasses.asdict(options)
+        for name in _OF_SAMPLES:
+            values.pop(name)
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text.encode())
+        write_whole(path, yaml.safe_dump(_plain(values), sort_keys=False).encode())
+    elif not _is_of(path, samples, options):
+        raise UserError(f"out must be a new folder or this comparison's own, but {path} differs from what is asked for")
+
+
+def _is_of(path: Path, samples: Sequence[RunConfig], options: Options) -> bool:
+    """By value: a default that is written out is no difference, as in a sweep's identity of a run."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+        own = {f.name: values.pop(f.name) for f in dataclasses.fields(Options) if f.name in values}
+        earlier = build(RunConfig, values, str(path))
+        like = [dataclasses.replace(earlier, **{name: getattr(s, name) for name in _OF_SAMPLES}) for s in samples]
+        return Options(**own) == options and list(map(meaning, like)) == list(map(meaning, samples))
+    except (UserError, yaml.YAMLError, AttributeError, TypeError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, UserError, resolve
+from ..config import RunConfig, UserError, meaning
 from ..files import write_json
 from .spec import FOLDER, Run
 
@@ -139,9 +139,9 @@ def _plain(value: Any) -> Any:
 
 def identify(run: Run, contents: Contents) -> dict[str, str]:
     """The parts of a run's identity, by name, and the whole of them as `id`. Raises UserError."""
-    options = run.options and dataclasses.asdict(run.options)
+    options, (config, stretched) = run.options and dataclasses.asdict(run.options), meaning(run.config)
     parts = {
-        "config": digest(_plain([dataclasses.asdict(resolve(run.config)), run.method, options])),
+        "config": digest(_plain([dataclasses.asdict(config), stretched, run.method, options])),
         "data": contents.of_data(run.config), "model": contents.of_model(run.config), "code": code_sha256(),
     }  # fmt: skip
     return {"id": digest(parts), **parts}

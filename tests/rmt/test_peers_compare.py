@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ import torch
 
 from rmt import UserError
 from rmt.cli import main
-from rmt.config import RunConfig, SelectConfig, TrainConfig
+from rmt.config import MaskConfig, RunConfig, SelectConfig, TrainConfig
 from rmt.peers import cells, compare, footing, masks, names, parts
 from rmt.peers.compare import Options
 from rmt.run import run
@@ -276,11 +277,11 @@ def slowed(monkeypatch, module, name, seconds):
 
 
 def test_what_another_fit_took_is_paid_once_in_any_order(place, tmp_path, monkeypatch):
-    slowed(monkeypatch, parts, "train", 1)
+    slowed(monkeypatch, parts, "train", 2)
     compare.compare(place[0], tmp_path, ["wise_ft", "full_ft"], [4], [1], LIMITS)
     full, wise = fit(tmp_path, "full_ft"), fit(tmp_path, "wise_ft")
-    assert wise["own_seconds"] < 0.5 < 1 < full["own_seconds"]
-    assert full["training_seconds"] <= wise["training_seconds"] < full["training_seconds"] + 0.5
+    assert wise["own_seconds"] < 1 < 2 < full["own_seconds"]
+    assert full["training_seconds"] <= wise["training_seconds"] < full["training_seconds"] + 1
     assert wise["shared_seconds"]["full_ft"] == full["own_seconds"]
 
 
@@ -312,3 +313,28 @@ def test_steps_of_the_authors_are_those_of_the_recipe(done):
         assert found["published_steps"] > found["steps"] > 0, name
     assert result(done[1], "tip+ramt")["published_steps"] == result(done[1], "ramt")["published_steps"]
     assert result(done[1], "zeroshot")["published_steps"] is result(done[1], "tip")["published_steps"] is None
+
+
+def test_a_folder_takes_the_same_comparison_in_other_words_and_no_other(tmp_path):
+    config = RunConfig("local-dir:m", data="d", shots=16, train=TrainConfig(strength=1.0))
+    need = compare._need_same
+    need([config], Options(max_steps=3), tmp_path)
+    written = (tmp_path / "compare.yaml").read_bytes()
+    for same in (
+        config, replace(config, train=TrainConfig(strength=1, lr=8e-5)), replace(config, preset="ramt", seed=7),
+        replace(config, mask=MaskConfig(targets=("attention", "conv"))),
+    ):  # fmt: skip
+        need([same, replace(same, shots=1)], Options(max_steps=3), tmp_path)
+    for samples, options in (
+        ([replace(config, train=TrainConfig(strength=0.5))], Options(max_steps=3)),
+        # What 16 shots have by themselves, but 1 shot has not.
+        ([replace(config, train=TrainConfig())], Options(max_steps=3)),
+        ([replace(config, train=TrainConfig(strength=1.0, epochs=30))], Options(max_steps=3)),
+        ([config], Options(max_steps=4)),
+    ):
+        with pytest.raises(UserError, match=r"compare\.yaml differs from what is asked for"):
+            need(samples, options, tmp_path)
+    assert (tmp_path / "compare.yaml").read_bytes() == written
+    (tmp_path / "compare.yaml").write_text("[")
+    with pytest.raises(UserError, match="differs from what is asked for"):
+        need([config], Options(), tmp_path)

@@ -15,6 +15,7 @@ import tiny
 import torch
 import yaml
 
+import rmt.run
 from rmt import clip
 from rmt.cli import main
 from rmt.config import RunConfig, UserError, build
@@ -269,6 +270,33 @@ def test_failures_stay_with_their_run_and_are_tried_again(files, tmp_path, here,
     report([tmp_path], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "2 of 2 runs done, 0 failed" in page and "CoCoOp" in page
+
+
+def test_an_unfinished_run_goes_on_where_only_its_writing_has_changed(files, tmp_path, here, monkeypatch):
+    """Defaults that are written out, and 1 for 1.0: the same identity, so the same folder."""
+    train = {"steps": 6, "batch": 8, "strength": 1.0, "log_every": 1, "save_every": 0}
+    values = {"base": files[1]["base"] | {"train": train}, "shots": [2], "seeds": [1]}
+
+    def log(file, advance, row):
+        assert row["step"] < 4, "killed"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rmt.run, "_log", log)
+        (first,) = sweep(spec_file(tmp_path, values), tmp_path)
+    assert "AssertionError: killed" in first["why"]
+    values["base"]["train"] = train | {"strength": 1, "lr": 8e-5, "epochs": None}
+    (row,) = sweep(spec_file(tmp_path, values | {"base": values["base"] | {"preset": "ramt"}}), tmp_path)
+    assert (row["status"], row["id"], row["attempt"]) == ("done", first["id"], 2), row
+    assert "resume     from step 3 of 6" in (tmp_path / "runs" / row["run"] / "log.txt").read_text()
+
+
+def test_a_length_that_is_asked_for_is_another_run_than_one_that_may_be_stretched(files, tmp_path):
+    def made(**train):
+        base = files[1]["base"] | {"train": {"batch": 8, **train}}
+        return identify(expand({"base": base})[0], Contents(tmp_path))["id"]
+
+    assert made() != made(epochs=30) == made(epochs=30, schedule="auto")
+    assert made(schedule="paper") == made(schedule="paper", epochs=30) != made()
 
 
 def test_a_dry_run_writes_nothing(files, finished, tmp_path):
