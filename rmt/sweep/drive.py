@@ -52,13 +52,13 @@ class Engine:
         if not (0 < self.cpus < float("inf") and 0 <= self.gpus < float("inf")):
             raise UserError(f"a run needs more than 0 cpus and at least 0 gpus, got {self.cpus} and {self.gpus}")
 
-    def outcomes(self, jobs: Sequence[Job], out: Path) -> Iterator[dict[str, Any] | int]:
-        """Rows of runs that ended and, in between, how many are running."""
+    def outcomes(self, jobs: Sequence[Job], out: Path, sweep: Sequence[Job]) -> Iterator[dict[str, Any] | int]:
+        """Rows of runs that ended and, in between, how many are running. jobs: those of the sweep's that are left."""
         common = {"workers": self.workers, "retries": self.retries}
         if self.name == "local":
             from . import local
 
-            return local.outcomes(jobs, out, **common)
+            return local.outcomes(jobs, out, sweep=sweep, **common)
         if self.name == "ray":
             from . import ray
 
@@ -88,7 +88,7 @@ def sweep(spec: str | Path, out: str | Path, engine: Engine | None = None) -> li
             f"sweep      {len(jobs)} runs, {len(table.rows)} finished, {len(todo)} to do on {engine.name}", flush=True
         )
         if todo:
-            _follow(engine.outcomes(todo, out), table, lock, len(jobs))
+            _follow(engine.outcomes(todo, out, jobs), table, lock, len(jobs))
     rows = [table.rows[job.id] for job in jobs]
     failed = sum(row["status"] == "failed" for row in rows)
     print(f"table      {table.path}: {len(rows) - failed} done, {failed} failed", flush=True)

@@ -91,17 +91,25 @@ class _Worker:
             self.process = None
 
 
-def outcomes(jobs: Sequence[Job], out: Path, *, workers: int | None, retries: int) -> Iterator[dict[str, Any] | int]:
+def outcomes(
+    jobs: Sequence[Job], out: Path, *, sweep: Sequence[Job], workers: int | None, retries: int
+) -> Iterator[dict[str, Any] | int]:
     """Runs the jobs. Yields a row for each that ended and, in between, how many are running.
 
-    A job whose process died is started again, at most `retries` times. Args: workers: None: one a GPU, or one a core.
+    A job whose process died is started again, at most `retries` times.
+
+    Args:
+        sweep: all jobs, also those that are finished. The machine is divided among these, evenly: a run's last bits
+            depend on its number of threads, which must not depend on the worker or on how many runs are left.
+        workers: None: one a GPU, or one a core.
     """
-    mine, cards = cores(), gpus(jobs)
-    workers = min(workers or len(cards) or len(mine), len(jobs))
+    mine, cards = cores(), gpus(sweep)
+    workers = min(workers or len(cards) or len(mine), len(sweep))
+    each = max(1, len(mine) // workers)
     logs = out / "workers"
     logs.mkdir(exist_ok=True)
     pool = [
-        _Worker(n, mine[n::workers] or [mine[n % len(mine)]], cards[n % len(cards)] if cards else None,
+        _Worker(n, mine[n::workers][:each] or [mine[n % len(mine)]], cards[n % len(cards)] if cards else None,
                 logs / f"{n}.log")
         for n in range(workers)
     ]  # fmt: skip

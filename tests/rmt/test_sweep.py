@@ -205,6 +205,26 @@ def test_the_command(files, finished, tmp_path, capsys):
     assert f"rmt: error: {bad}: shots must be an integer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("workers", "threads"), [(None, 1), (2, 2), (3, 1)])
+def test_threads_of_a_run_do_not_depend_on_how_many_are_left(files, tmp_path, monkeypatch, workers, threads):
+    """A gradient of a convolution has other last bits with another number of threads."""
+    runs = expand(files[1] | {"seeds": [1, 2, 3, 4]})
+    jobs, given = [Job(run, tmp_path / str(n), {"id": str(n)}) for n, run in enumerate(runs)], []
+
+    def give(self, job):
+        self.job = job
+        given.append(len(self.cores))
+
+    monkeypatch.setattr(local, "cores", lambda: [0, 1, 2, 3])
+    monkeypatch.setattr(local._Worker, "give", give)
+    monkeypatch.setattr(local, "_ready", lambda pool: pytest.fail("enough"))
+    for left in (jobs, jobs[:3], jobs[:1]):
+        given.clear()
+        with pytest.raises(pytest.fail.Exception, match="enough"):
+            list(Engine(workers=workers).outcomes(left, tmp_path, jobs))
+        assert given == [threads] * min(len(left), workers or 4)
+
+
 def test_a_run_that_always_dies_fails_alone(files, tmp_path, monkeypatch):
     """With no retry left its row says how it died; the other runs are done."""
     job = Job.make(expand(files[1])[0], identify(expand(files[1])[0], Contents(tmp_path)), tmp_path)
@@ -216,7 +236,8 @@ def test_a_run_that_always_dies_fails_alone(files, tmp_path, monkeypatch):
         self.process.send_signal(signal.SIGKILL)
 
     monkeypatch.setattr(local._Worker, "_start", start)
-    (row,) = [one for one in local.outcomes([job], tmp_path, workers=1, retries=1) if isinstance(one, dict)]
+    ended = local.outcomes([job], tmp_path, sweep=[job], workers=1, retries=1)
+    (row,) = [one for one in ended if isinstance(one, dict)]
     assert row["status"] == "failed" and "ended by SIGKILL (out of memory?)" in row["why"] and "2 times" in row["why"]
 
 
@@ -402,9 +423,9 @@ def test_slurm_by_submitit_s_local_executor(files, tmp_path):
     ended = sweep(spec_file(tmp_path, files[1] | {"seeds": [1]}), tmp_path, engine)
     assert [row["status"] for row in ended] == ["done"] and rows(tmp_path) == ended
     with pytest.raises(UserError, match=r"submitit takes no such parameters: .*partiton"):
-        Engine("slurm", slurm={"cluster": "debug", "slurm_partiton": "a"}).outcomes([], tmp_path).__next__()
+        Engine("slurm", slurm={"cluster": "debug", "slurm_partiton": "a"}).outcomes([], tmp_path, []).__next__()
     with pytest.raises(UserError, match="cluster must be one of slurm, local, debug, got 'moon'"):
-        Engine("slurm", slurm={"cluster": "moon"}).outcomes([], tmp_path).__next__()
+        Engine("slurm", slurm={"cluster": "moon"}).outcomes([], tmp_path, []).__next__()
 
 
 @pytest.mark.parametrize(
