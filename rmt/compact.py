@@ -32,12 +32,18 @@ def expand_bits(on: Tensor, selected: Tensor, in_features: int) -> Tensor:
     return rmt_kernels.pack_bits(chosen.logical_not().masked_scatter_(chosen, on))
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether work on the tensor's device goes into a CUDA graph: nothing may wait, and a replay knows addresses."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def gather(matrix: Tensor, selected: Tensor, count: int) -> Tensor:
     """The S = count elements of an (N, K) matrix at the selected places, (S,)."""
     chosen = rmt_kernels.unpack_bits(selected, matrix.shape[1])
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or capturing(matrix)):
         return matrix.masked_select(chosen)
-    # masked_select's shape depends on values, which a full graph cannot have. All others go to one place past the end.
+    # masked_select's shape depends on values, which a full graph cannot have and a capture may not wait for. All others
+    # go to one place past the end.
     place = chosen.flatten().cumsum(0) - 1
     place = torch.where(chosen.flatten(), place, count)
     return matrix.new_zeros(count + 1).scatter(0, place, matrix.flatten())[:count]

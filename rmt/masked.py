@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import rmt_kernels
 
-from .compact import ScoreStorage
+from .compact import ScoreStorage, capturing
 
 INIT, THRESHOLD = 1e-2, 5e-3
 
@@ -95,7 +95,11 @@ class MaskedModule(ScoreStorage):
         """Makes the kept masked weight, in the weight's dtype or another."""
         with torch.inference_mode(False), torch.no_grad():
             dense = rmt_kernels.masked_weight(self._weight(prefix), self._buffers[prefix + "bits"])
-            self._dense[prefix] = dense.to(dtype or dense.dtype).contiguous()
+            dense, old = dense.to(dtype or dense.dtype).contiguous(), self._dense.get(prefix)
+            if old is not None and old.dtype == dense.dtype and capturing(old):
+                old.copy_(dense)  # where the forward of the same CUDA graph reads
+            else:
+                self._dense[prefix] = dense
 
     def mark_fresh(self, prefix: str = "") -> None:
         """What `rmt.optim.MaskAdam` calls once it has rewritten scores, bits and the masked weight together."""

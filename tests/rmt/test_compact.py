@@ -9,7 +9,7 @@ from torch import nn
 
 import rmt
 import rmt_kernels as rk
-from rmt import compact
+from rmt import compact, masked
 from rmt_kernels import reference
 
 THRESHOLD = 5e-3
@@ -371,3 +371,35 @@ def test_nan_scores_do_not_pass_unseen():
     nn.init.constant_(layer.scores, float("nan"))
     with pytest.raises(ValueError, match="NaN, got 24 NaN of 24"):
         layer(torch.randn(1, 37))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("captured", [compact, None])
+def test_what_is_gathered_while_a_stream_captures_has_the_bytes_of_what_is_gathered_otherwise(
+    share, captured, monkeypatch
+):
+    """masked_select waits for the device, which a capture does not permit: it must not be called then."""
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(7, 70, generator=generator)
+    chosen = torch.rand(7, 70, generator=generator) < share
+    if captured:
+        monkeypatch.setattr(compact, "capturing", lambda tensor: True)
+        monkeypatch.setattr(torch.Tensor, "masked_select", lambda *args: pytest.fail("waits for the device"))
+    got = compact.gather(matrix, reference.pack_bits(chosen), int(chosen.sum()))
+    assert torch.equal(got, matrix[chosen])
+
+
+def test_a_captured_refresh_writes_where_the_captured_forward_reads(monkeypatch):
+    net = randomise(model())
+    select(net, 0.4)
+    found = rmt.masks(net)
+    before = [(mask.kept, mask.bits) for mask in found]
+    monkeypatch.setattr(masked, "capturing", lambda tensor: True)
+    with torch.no_grad():
+        for mask in found:
+            mask.scores.fill_(0.0)
+            mask.refresh()
+    for mask, (kept, bits) in zip(found, before):
+        assert mask.kept is kept and mask.bits is bits
+        assert torch.equal(bits, mask.selected ^ reference.pack_bits(torch.ones_like(kept, dtype=torch.bool)))
+        assert torch.equal(kept, reference.masked_weight(mask.weight, bits))

@@ -9,6 +9,7 @@ from rmt.config import MaskConfig, TrainConfig, UserError
 from rmt.graph import WARMUP, CapturedStep
 from rmt.masking import apply_masks
 from rmt.optim import MaskAdam
+from rmt.select import select
 from rmt.step import Step
 from rmt.train import tune
 
@@ -20,9 +21,11 @@ def batch(step, device):
     return torch.randn(4, 3, 32, 32, generator=generator).to(device), torch.arange(4, device=device)
 
 
-def made(device, graph, config, off=True):
-    model = tiny.model().to(device)
-    found = apply_masks(model, MaskConfig())
+def made(device, graph, config, off=True, budget=None):
+    model, chosen = tiny.model(), None
+    if budget:
+        chosen = select(model, [], criterion="magnitude", budget=budget, config=MaskConfig(), loss=None)
+    found = apply_masks(model.to(device), MaskConfig(), chosen)
     if off:
         for i, mask in enumerate(found):
             start = 1e-2 - 6e-3 * torch.rand(mask.scores.shape, generator=torch.Generator().manual_seed(i))
@@ -46,6 +49,20 @@ def test_replayed_steps_are_plain_steps_bit_for_bit(precision, state, off):
         for step in range(WARMUP + 8):
             optimizer.set_lr(1e-3 / (1 + step))
             logits = take(*batch(step, "cuda"), step)[0].clone()
+        runs.append([logits, *(m.scores.detach() for m in optimizer.masks), *(m.bits for m in optimizer.masks)])
+    assert take.graph is not None
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_steps_over_selected_weights_are_plain_steps_bit_for_bit(precision):
+    config, runs = TrainConfig(strength=1.0, precision=precision), []
+    for graph in (False, True):
+        optimizer, take = made("cuda", graph, config, budget=0.3)
+        for step in range(WARMUP + 8):
+            logits = take(*batch(step, "cuda"), step)[0].clone()
+        assert any(m.selected is not None for m in optimizer.masks)
         runs.append([logits, *(m.scores.detach() for m in optimizer.masks), *(m.bits for m in optimizer.masks)])
     assert take.graph is not None
     assert all(torch.equal(a, b) for a, b in zip(*runs))
