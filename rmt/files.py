@@ -60,8 +60,9 @@ def write_folder(folder: str | Path, contents: Mapping[str, bytes]) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder to write into, which in the end becomes `folder`: new, or empty so far.
 
-    If anything is raised inside, nothing is left of it.
+    A link stays, and the folder that it points to is meant. If anything is raised inside, nothing is left of it.
     """
+    folder = folder.resolve()
     with _made(folder.parent):
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
         try:

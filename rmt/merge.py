@@ -37,16 +37,19 @@ def merge(
     torch's for attention without gradients, which rounds otherwise; it is off while logits are compared.
 
     Args:
-        out: a new folder, or an empty one.
+        out: a new folder, or an empty one that is not the current one.
         model, pretrained: the base model, as for `rmt.clip.load`; None: as the task names it.
 
-    Raises: UserError where `out` holds something, the base model is unknown or another, the two models differ, or
-        open_clip is older than 3.0; OSError where the disk is full. Nothing is left then.
+    Raises: UserError where `out` holds something or is the current folder, the base model is unknown or another, the
+        two models differ, or open_clip is older than 3.0; OSError where the disk is full. Nothing is left then.
     """
     _need_local_dir()
     task, out = load_task(task_path), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"out must be a new folder, or an empty one, but {out} holds something")
+    if out.resolve() == Path.cwd():
+        # "." cannot be renamed over; by another name it would be gone under the shell that stands in it.
+        raise UserError(f"out must be another folder than the current one: name a new one, such as {out / 'merged'}")
     loaded = load_base(task, model, pretrained, torch.device(device))
     masked = MaskModel.from_pretrained(loaded.model, task.path, allow_base_mismatch=allow_base_mismatch)
     texts = clip.prompts(task.classnames, task.template)[:_MOST_TEXTS] if task.template else []

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import rmt_kernels as rk
 from rmt import clip, merge
 from rmt.checkpoint import save_task
+from rmt.cli import main
 from rmt.config import MaskConfig, RunConfig, UserError
 from rmt.model import get_mask_model
 
@@ -221,6 +222,29 @@ def test_out_must_be_new_or_empty(tmp_path):
     for path in (tmp_path / "out", tmp_path / "task" / "README.md"):
         with pytest.raises(UserError, match=r"out must be a new folder, or an empty one, but .* holds something"):
             merge.merge(tmp_path / "task", path)
+
+
+def test_a_link_to_an_empty_folder_is_filled_where_it_points(tmp_path):
+    loaded = tuned(tmp_path / "task", base(tmp_path / "base"))
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "empty")
+    same(merge.merge(tmp_path / "task", tmp_path / "out"), loaded)
+    assert (tmp_path / "out").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("out", [".", "", "../here", "link"])
+def test_the_current_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys, out):
+    """It cannot be replaced: whoever stands in it would stand in a folder that is gone."""
+    tuned(tmp_path / "task", base(tmp_path / "base"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(merge, "load_base", lambda *args: pytest.fail("all the work"))
+    if out == "link":
+        (tmp_path / "link").symlink_to("here")
+        out = str(tmp_path / "link")
+    assert main(["merge", str(tmp_path / "task"), "--out", out]) == 2
+    assert "out must be another folder than the current one: name a new one, such as" in capsys.readouterr().err
+    assert list((tmp_path / "here").iterdir()) == []
 
 
 def test_a_task_without_a_base_needs_one(tmp_path):
