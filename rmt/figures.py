@@ -18,7 +18,7 @@ STYLE = {
     "font.size": 9, "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "axes.titlecolor": GREY,
     "xtick.color": GREY, "ytick.color": GREY, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 9, "axes.titlelocation": "left", "legend.frameon": False, "svg.hashsalt": "rmt",
-    "text.parse_math": False,  # a class may be called "$5 note"
+    "text.parse_math": False,  # a class may be called "$5 note"; log axes need a formatter of their own
 }  # fmt: skip
 # For pictures that bring their own white ground: full contrast on a dark page and on paper.
 PAPER = {key: "#5b6570" for key, value in STYLE.items() if value == GREY} | {

@@ -33,7 +33,7 @@ def masks(cells: Sequence[Cell], titles: Mapping[str, str]) -> list[Section]:
             # tip+ramt has ramt's very masks: one map is enough.
             bits = {cell.result.get("bits_sha256") for cell in some}
             if some and not bits <= seen:
-                maps[f"{panel}\n{titles[method]}, {_whole(some)}"] = _layers(cell.result["per_layer"] for cell in some)
+                maps[f"{panel}\n{titles[method]}\n{_whole(some)}"] = _layers(cell.result["per_layer"] for cell in some)
                 seen |= bits - {None}
     return [*depth(maps), *_overlap(masked, methods, titles)]
 

@@ -53,6 +53,7 @@ def cost(
                               va="top", fontsize=9, color=SOFT, annotation_clip=False)  # fmt: skip
             # The axis has no zero: its ticks begin where something was paid.
             axes.xaxis.set_major_locator(_decades(least, most))
+            axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")
             axes.xaxis.set_minor_formatter(lambda value, place: "")
             for method, value in sorted(known.items(), key=lambda item: shown[item[0]].strong):
                 look = shown[method]
@@ -135,7 +136,10 @@ def depth(panels: Mapping[str, Sequence[tuple[str, float]]]) -> str:
     seen = list(dict.fromkeys(column for table in tables.values() for _, column in table))
     names = sorted(seen, key=lambda name: (MODULES.index(name) if name in MODULES else len(MODULES), name))
     top = max((value for table in tables.values() for value in table.values()), default=0.0) or 1.0
-    columns = min(len(panels), max(1, 30 // max(len(names), 3)))
+    # Inches of a panel: room for its cells, and for its title, which would run into the next one's.
+    longest = max(len(line) for title in panels for line in title.split("\n"))
+    each = max(1.4, 0.36 * len(names), 0.075 * longest)
+    columns = max(1, min(len(panels), int((WIDTH - 1.6) / each)))
     lines = -(-len(panels) // columns)
 
     def paint(figure: "Figure") -> None:
@@ -161,8 +165,9 @@ def depth(panels: Mapping[str, Sequence[tuple[str, float]]]) -> str:
         figure.supylabel("block", fontsize=8, color=SOFT)
 
     # Narrower ones would be enlarged: report.py's pages show no figure at less than 34rem.
-    width = min(WIDTH, max(5.7, 1.6 + columns * max(1.4, 0.36 * len(names))))
-    return draw(paint, width, (0.75 + 0.17 * len(rows)) * lines + 0.2, paper=True)
+    width = min(WIDTH, max(5.7, 1.6 + columns * each))
+    titles = max(title.count("\n") for title in panels)
+    return draw(paint, width, (0.65 + 0.13 * titles + 0.17 * len(rows)) * lines + 0.2, paper=True)
 
 
 def _deep(row: str) -> tuple:

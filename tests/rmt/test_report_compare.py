@@ -1,6 +1,7 @@
 import base64
 import re
 import statistics
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import report_tools as tools
 from test_compare import task
 from test_report import ELSEWHERE, images
 
-from rmt import compare_figures, table_figures
+from rmt import compare_figures, figures, table_figures
 from rmt.cli import main
 from rmt.config import UserError
 from rmt.report_cells import Missing
@@ -252,3 +253,39 @@ def test_a_heat_map_of_vit_and_of_resnet_is_drawn_in_their_order():
         for value in (0.0, 1.0)
     ]
     assert uris[0] != uris[1] and b"<svg" in base64.b64decode(uris[0].partition(",")[2])
+
+
+def drawn(monkeypatch, module, *args):
+    """The matplotlib figure of module.function(*args), laid out; a layout that fails is an error."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = []
+
+    def draw(paint, width, height, **_):
+        with matplotlib.rc_context(figures.STYLE | figures.PAPER), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(Figure(figsize=(width, height), layout="constrained"))
+            paint(found[0])
+            found[0].draw_without_rendering()
+
+    monkeypatch.setattr(table_figures, "draw", draw)
+    module(*args)
+    return found[0]
+
+
+def test_titles_of_heat_maps_have_room_beside_one_another(monkeypatch):
+    layers = [(f"visual.transformer.resblocks.{i}.attn.in_proj_weight", 5.0) for i in range(12)]
+    titles = [f"a data set of number {i}\nR-AMT, spread start\n16 shots: 4.{i} %" for i in range(12)]
+    figure = drawn(monkeypatch, table_figures.depth, dict.fromkeys(titles, layers))
+    shown = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    boxes = [axes._left_title.get_window_extent() for axes in shown]
+    assert len(boxes) == 12
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+
+
+def test_ticks_of_costs_are_plain_numbers(monkeypatch):
+    points, titles = {m: Point(v, 0.0, 3) for m, v in (("a", 50.0), ("b", 60.0))}, {"a": "A", "b": "B"}
+    figure = drawn(monkeypatch, table_figures.cost, points, {"bytes": {"a": 9e3, "b": 2.2e7}}, titles)
+    ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert {"10,000", "1,000,000"} <= set(ticks) and not [text for text in ticks if set(text) & set("$\\")]
