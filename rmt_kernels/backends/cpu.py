@@ -138,6 +138,7 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, 
         if decide("masked_linear", x.dtype, n, k, x.numel() // k).path == "bits":
             rows = x.reshape(-1, k)
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            bias = None if bias is None else bias.contiguous()
             y = torch.empty((rows.shape[0], n), dtype=x.dtype)
             extension.cpu_masked_linear_single(
                 rows.data_ptr(), weight.data_ptr(), bits.data_ptr(), _ptr(bias), rows.shape[0], y.data_ptr(),
@@ -181,6 +182,7 @@ def grouped_masked_linear(
     if straight:
         # One read of weight for all of them.
         x = x if x.stride(1) == 1 else x.contiguous()
+        bias = None if bias is None else bias.contiguous()
         words, first, last = zip(*straight)
         extension.cpu_masked_linear(
             x.data_ptr(), weight.data_ptr(), [_ptr(w) for w in words], first, last, _ptr(bias), y.data_ptr(),

@@ -80,6 +80,22 @@ def test_small_products_take_any_strides_and_leading_dimensions(take):
         assert torch.equal(rk.masked_linear(x, t["weight"], t["bits"]), expected)
 
 
+@pytest.mark.parametrize("strided", ["stepped", "expanded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_take_a_bias_of_any_stride(dtype, strided, take):
+    take("bits")
+    t = layer((4, 64, 64), dtype)
+    bias = torch.randn(128).to(dtype)[::2] if strided == "stepped" else torch.tensor([3.0], dtype=dtype).expand(64)
+
+    def products(bias):
+        yield rk.masked_linear(t["x"], t["weight"], t["bits"], bias)
+        for invariant in (False, True):
+            yield rk.grouped_masked_linear(t["x"], t["weight"], [t["bits"], None], [0, 3, 4], bias, invariant=invariant)
+
+    for got, want in zip(products(bias), products(bias.clone(memory_format=torch.contiguous_format))):
+        assert torch.equal(got, want)
+
+
 def test_float64_is_left_to_the_reference_and_not_forced_upon_these_kernels():
     t = layer((4, 33, 45), torch.float64)
     with pytest.raises(rk.BackendUnavailable, match="float64"):
