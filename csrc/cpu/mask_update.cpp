@@ -104,7 +104,7 @@ void update_bits(
     sums.nans += any_nan32(s);
     sums.on += __builtin_popcount(now);
     if (now == before) continue;
-    sums.flipped += __builtin_popcount(now ^ before);
+    sums.flipped += __builtin_popcount((now ^ before) & tail_mask(count));
     if (l.dense) refresh(l, now, first, std::min<int64_t>(count, 32));
     l.bits[word] = now;
   }

@@ -198,9 +198,11 @@ inline void select_any(int itemsize, uint32_t word, const void* weight, void* ou
   return select_word<uint64_t>(word, weight, out, first, count);
 }
 
-// The same of elements of 2, 4 or 8 bytes, from element `first` on, count <= 32.
+// The same of elements of 2, 4 or 8 bytes, from element `first` on, count <= 32. Bits from `count` on are another row's
+// elements, or nobody's: masked stores would write them.
 inline void change_any(
     int itemsize, uint32_t word, uint32_t changed, const void* weight, void* out, int64_t first, int64_t count) {
+  changed &= tail_mask(count);
   const auto at = [&](auto t) {
     using T = decltype(t);
     change32(word, changed, static_cast<const T*>(weight) + first, static_cast<T*>(out) + first, count);

@@ -120,8 +120,9 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock) mask_update_kernel(
 #pragma unroll
   for (int i = 0; i < 4; ++i) squares += i < count ? static_cast<double>(s[i]) * static_cast<double>(s[i]) : 0.0;
   squares = over_warp(squares, [](double x, double y) { return x + y; });
-  // Both counts of a block fit in 16 bits: it has 1024 elements.
-  uint32_t both = lane % 8 == 0 ? static_cast<uint32_t>(__popc(now ^ before)) << 16 | __popc(now) : 0u;
+  // Both counts of a block fit in 16 bits: it has 1024 elements. Pad bits that were set have not flipped.
+  const uint32_t flipped = (now ^ before) >> (lane % 8 * 4) & ((1u << count) - 1);
+  uint32_t both = static_cast<uint32_t>(__popc(flipped)) << 16 | __popc(nibble);
   both = over_warp(both, [](uint32_t x, uint32_t y) { return x + y; });
   __shared__ double warp_squares[kWarpsPerBlock];
   __shared__ uint32_t warp_counts[kWarpsPerBlock];

@@ -170,6 +170,21 @@ def test_words_that_are_equal_are_not_touched(dtype):
     assert untouched[~same_word].eq(7).all()
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize("k", [1, 37, 800])
+def test_pad_bits_of_old_change_nothing_behind_a_row(k, dtype):
+    t = layer((1, 9, k), dtype)
+    new, old = masks(2, 9, k)[0], torch.full_like(t["bits"], -1)
+    guarded = torch.full((t["weight"].numel() + 64,), 7, dtype=dtype)
+    out = guarded[: t["weight"].numel()].view(9, k)
+    out.copy_(t["weight"])
+    rk.masked_weight_(out, t["weight"], new, old=old)
+    assert guarded[t["weight"].numel() :].eq(7).all(), "written behind the last row"
+    want = t["weight"].clone()
+    reference.masked_weight_(want, t["weight"], new, old)
+    assert torch.equal(out, want) and torch.equal(out, reference.masked_weight(t["weight"], new))
+
+
 def test_a_rewrite_allocates_no_tensor():
     t = layer((1, 64, 256))
     old, new = masks(3, 64, 256)[:2]

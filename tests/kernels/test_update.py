@@ -158,6 +158,17 @@ def test_follows_the_reference(backend, general, chained, l2):
             assert_no_worse(got[name][i][clear], plain[name][i][clear], truth[name][i][clear])
 
 
+@pytest.mark.parametrize("k", [1, 37, 800])
+def test_pad_bits_count_neither_as_flipped_nor_as_on(backend, k):
+    module, device = backend
+    got = problem(device, shapes=[(9, k)])
+    got |= {"bits": [torch.full_like(b, -1) for b in got["bits"]], "dense": [w.clone() for w in got["weights"]]}
+    want = copied(got)
+    module.mask_update_(**got)
+    reference.mask_update_(**want)
+    equal(got, want, "bits", "dense", "counts")
+
+
 @pytest.mark.parametrize("state", ["bf16", "8bit"])
 def test_narrow_moments_step_as_their_values_and_are_stored_as_the_reference_does(backend, state):
     module, device = backend
