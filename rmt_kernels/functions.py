@@ -18,6 +18,12 @@ def _records_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def written(*tensors: Tensor | None) -> None:
+    """Raises version counters, by which autograd and the layers go: a kernel that writes through a pointer does not."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
+
+
 def rng_state(seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """(2,) int64 [seed, step], the state that every draw depends on. Change it in place between CUDA graph replays."""
     for name, value in (("seed", seed), ("step", step)):
@@ -122,6 +128,7 @@ def masked_weight_(out: Tensor, weight: Tensor, bits: Tensor, *, old: Tensor | N
     if old is not None:
         checks.need_bits(weight, old)
     _ops.masked_weight_(out, weight, bits, old)
+    written(out)
 
 
 def grouped_masked_linear(
@@ -181,9 +188,7 @@ def weight_grad_(out: Tensor, g: Tensor, x: Tensor, *, accumulate: bool = False)
     if _records_graph(out, g, x):
         raise ValueError("weight_grad_ has no backward: call it under torch.no_grad()")
     _ops.weight_grad_(out, flat_rows(g), flat_rows(x), accumulate)
-    if not torch.compiler.is_compiling() and not out.is_inference():
-        # A kernel that writes through a pointer leaves the version counter alone; autograd and the layers go by it.
-        torch.autograd.graph.increment_version(out)
+    written(out)
 
 
 def mask_grad(
@@ -282,10 +287,8 @@ def mask_update_(
             factors, beta1, beta2, checks.need_finite("eps", eps), checks.need_finite("threshold", threshold),
             list(generals), list(chained), list(scales), norms, counts, rng, l2, strength, list(streams), list(offsets),
         )  # fmt: skip
+        written(*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense, *scales, norms, counts)
         if torch.compiler.is_compiling():
             return
-        # A list that an op writes leaves its tensors' version counters alone; autograd and the layers go by them.
-        per_call = [t for t in (norms, counts) if t is not None]
-        torch.autograd.graph.increment_version([*scores, *bits, *exp_avgs, *exp_avg_sqs, *dense, *scales, *per_call])
         for i, s in enumerate(scores):
             checks.need_no_nan("mask_update_", f"scores[{i}]", s)

@@ -35,6 +35,7 @@ def masked_weights_(
         for layer in layers:
             _need_layer(*layer)
         backend.masked_weights_(*map(list, zip(*layers)))
+        functions.written(*(layer[0] for layer in layers))
 
 
 def _need_layer(out: Tensor, weight: Tensor, bits: Tensor, old: Tensor | None) -> None:

@@ -43,6 +43,47 @@ def test_every_layer_is_rewritten(name):
         check("cpu")
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("rewrite", ["masked_weight_", "masked_weights_"])
+def test_a_product_over_what_was_rewritten_since_has_no_gradient(name, rewrite):
+    """Its backward pass would read the other mask's weight."""
+    reason = backends.why_not(name, "masked_weight_", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
+    t = layer((4, 9, 37))
+    other, x = t["bits"].flip(0), t["x"].requires_grad_()
+    with rk.use_backend(name):
+        dense = rk.masked_weight(t["weight"], t["bits"])
+        y = rk.masked_linear(x, t["weight"], t["bits"], dense=dense)
+        before = dense._version
+        if rewrite == "masked_weight_":
+            rk.masked_weight_(dense, t["weight"], other, old=t["bits"])
+        else:
+            rk.masked_weights_([dense], [t["weight"]], [other], [t["bits"]])
+        assert dense._version > before
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_rewriting_all_at_once_tells_autograd(device, monkeypatch):
+    weights, bits, _ = model(device)
+    outs = [torch.empty(w.shape, dtype=w.dtype, device=device) for w in weights]
+    before = [out._version for out in outs]
+    monkeypatch.setattr(backends, "choose", lambda op, where, args: "cuda")
+    rk.masked_weights_(outs, weights, bits)
+    assert all(out._version > v for out, v in zip(outs, before))
+
+
+def test_inference_tensors_are_rewritten_too():
+    weights, bits, _ = model()
+    with torch.inference_mode():
+        outs = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
+        rk.masked_weights_(outs, weights, bits)
+        rk.masked_weight_(outs[0], weights[0], bits[0])
+    rk.masked_weights_(outs, weights, bits)
+    assert all(torch.equal(o, reference.masked_weight(w, b)) for o, w, b in zip(outs, weights, bits))
+
+
 def test_layers_of_a_dtype_share_a_launch(device, monkeypatch):
     launched, launch = [], cuda._launch
     monkeypatch.setattr(cuda, "_launch", lambda name, *args: (launched.append(name), launch(name, *args))[1])
