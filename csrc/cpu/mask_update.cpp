@@ -79,7 +79,11 @@ void update_elements(const MaskUpdate& p, const UpdateLayer& l, int64_t begin, i
     if (kMoments != Moments::f32) draw_tile(rounding, at, random);
     first.store(random);
     second.store(random);
-    if (p.squares) sums.squares += squares_of(s);
+    if (p.squares) {
+      // Without eps the padding has become 0 / 0.
+      if (count < kTile) std::memset(s + count, 0, (kTile - count) * sizeof(float));
+      sums.squares += squares_of(s);
+    }
     if (count < kTile) std::memcpy(l.scores + at, s, count * sizeof(float));
   }
 }

@@ -321,6 +321,20 @@ def test_zeros_and_the_smallest_numbers_make_no_nan(backend, state):
     assert arguments["norms"][1] == 0 and (decoded(arguments)[1][1] == 0).all()
 
 
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("shape", [(1, 4), (9, 37), (3, 100)])
+def test_without_eps_the_norms_are_those_of_the_scores(backend, shape, state):
+    module, device = backend
+    if module is cuda and state == "8bit" and shape[0] > 1:
+        pytest.skip("8-bit moments need K to be a multiple of 32")
+    got = in_state(problem(device, shapes=[shape]), state) | {"eps": 0.0}
+    want = copied(got)
+    module.mask_update_(**got)
+    reference.mask_update_(**want)
+    assert got["scores"][0].isfinite().all() and got["norms"][0] == got["scores"][0].double().norm().float()
+    torch.testing.assert_close(got["norms"], want["norms"])
+
+
 def test_a_block_that_held_nan_stays_nan(backend):
     module, device = backend
     arguments = in_state(problem(device, shapes=[(2, 512)]), "8bit")
