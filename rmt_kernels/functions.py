@@ -18,6 +18,13 @@ def _records_graph(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _as_autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def written(*tensors: Tensor | None) -> None:
     """Raises version counters, by which autograd and the layers go: a kernel that writes through a pointer does not."""
     if not torch.compiler.is_compiling():
@@ -96,9 +103,7 @@ def masked_linear(
     checks.need_linear("x", x, weight, bits, bias, dense, 1)
     if scores is not None:
         checks.need_like("scores", scores, weight.shape, weight.device)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = _as_autocast(x)
     if dense is not None and not backends.forced() and not _records_graph(x, weight, bias, scores):
         # Nothing to record: the op's way through the dispatcher would count beside a product of one row.
         return reference.masked_linear(x, weight, bits, bias, dense)
@@ -138,7 +143,7 @@ def grouped_masked_linear(
     """Many tasks over one weight: rows offsets[g] .. offsets[g + 1] of x use bits[g].
 
     Args:
-        x: (M, K), rows grouped by task.
+        x: (M, K), rows grouped by task. Sets the dtype, under autocast as in `masked_linear`.
         weight: (N, K), shared.
         bits: G tensors (N, ceil(K / 32)) int32; None: all of weight. One may stand for several groups.
         offsets: G + 1 integers, ascending from 0 to M.
@@ -165,7 +170,7 @@ def grouped_masked_linear(
     ends = [int(end) for end in offsets]
     if len(ends) != len(bits) + 1 or ends[0] != 0 or ends[-1] != len(x) or ends != sorted(ends):
         raise ValueError(f"offsets must be {len(bits) + 1} numbers ascending from 0 to {len(x)}, got {ends}")
-    return _ops.grouped_masked_linear(x, weight, list(bits), bias, ends, invariant)
+    return _ops.grouped_masked_linear(_as_autocast(x), weight, list(bits), bias, ends, invariant)
 
 
 def weight_grad_(out: Tensor, g: Tensor, x: Tensor, *, accumulate: bool = False) -> None:

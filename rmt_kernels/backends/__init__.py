@@ -108,6 +108,11 @@ def choose(op: str, device: str, args: tuple) -> str:
     raise AssertionError("the reference serves every op")
 
 
+def without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Inside, autocast rounds no product whose dtype an op has promised."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
 def run(op: str, *args):
     """Runs `op` on the chosen backend: the kernel behind every `torch.ops.rmt_kernels` op.
 
@@ -117,7 +122,8 @@ def run(op: str, *args):
     device = first.device.type
     name = choose(op, device, args)
     _last[op, device] = name
-    result = getattr(load(name), op)(*args)
+    with without_autocast(device):
+        result = getattr(load(name), op)(*args)
     if device == "cuda" and os.environ.get("RMT_SYNC_ERRORS") == "1":
         torch.cuda.synchronize(first.device)
     return result

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rmt_kernels as rk
-from rmt_kernels import reference
+from rmt_kernels import backends, reference
 
 OPS = torch.ops.rmt_kernels
 M, N, K = 6, 9, 37
@@ -222,6 +222,49 @@ def test_autocast_leaves_float64_alone_as_linear_does():
     t = layer((4, 5, 6), torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert rk.masked_linear(t["x"], t["weight"], t["bits"]).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_kernels_compute_under_autocast_as_outside(name):
+    t = layer((16, 24, 96))
+    calls = {
+        "mask_grad": lambda: rk.mask_grad(t["x"], t["g_task"], None, t["weight"]),
+        "masked_linear_dx": lambda: rk.masked_linear_dx(t["g_task"], t["weight"], t["bits"]),
+    }
+    if reason := backends.why_not(name, "mask_grad", "cpu"):
+        pytest.skip(reason)
+    with rk.use_backend(name):
+        for op, call in calls.items():
+            want = call()
+            with torch.autocast("cpu", torch.bfloat16):
+                got = call()
+            assert got.dtype == want.dtype and torch.equal(got, want), op
+
+
+@pytest.mark.parametrize("name", [None, "reference"])
+@pytest.mark.parametrize("m", [4, 200])
+def test_grouped_under_autocast_is_each_group_alone(m, name):
+    t = layer((m, 64, 64))
+    bits, offsets = [t["bits"], t["bits"].flip(0)], [0, m // 2, m]
+    with rk.use_backend(name), torch.autocast("cpu", torch.bfloat16):
+        got = rk.grouped_masked_linear(t["x"], t["weight"], bits, offsets, t["bias"])
+        halves = zip(bits, t["x"].split(m // 2))
+        alone = torch.cat([rk.masked_linear(x, t["weight"], words, t["bias"]) for words, x in halves])
+    assert got.dtype == alone.dtype == torch.bfloat16 and torch.equal(got, alone)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rk.grouped_masked_linear(t["x"].double(), t["weight"], bits, offsets).dtype == torch.float64
+
+
+def test_compiles_under_autocast_without_a_graph_break():
+    t = layer((M, N, K))
+
+    def run(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = rk.grouped_masked_linear(x, t["weight"], [t["bits"]], [0, M])
+            return y, rk.masked_linear(x, t["weight"], t["bits"]), rk.mask_grad(x, t["g_task"], None, t["weight"])
+
+    for got, want in zip(torch.compile(run, fullgraph=True, backend="aot_eager")(t["x"]), run(t["x"])):
+        assert got.dtype == want.dtype and torch.equal(got, want)
 
 
 def test_gradients_under_autocast_keep_their_tensors_dtypes():
