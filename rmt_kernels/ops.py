@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, reference
 
 _SCHEMAS = {
     "pack_bits": "(Tensor mask) -> Tensor",
@@ -130,23 +130,32 @@ def weight_gradients_to(sinks: dict[Tensor, Callable[[Tensor, Tensor | None], No
 def _masked_linear_setup(ctx, inputs, output):
     x, weight, bits, _bias, dense, scores = inputs
     ctx.save_for_backward(x, weight, bits, dense)
-    ctx.scores_id, ctx.scores_dtype = id(scores), None if scores is None else scores.dtype
+    # Not saved: their values are not read, and an update in between is no error.
+    ctx.scores = scores
 
 
 def _masked_linear_backward(ctx, g):
     x, weight, bits, dense = ctx.saved_tensors
     need_x, need_weight, _, need_bias, _, need_scores = ctx.needs_input_grad[:6]
-    sink = _sinks.get(ctx.scores_id) if need_scores else None
+    products = _ops
+    if torch.is_grad_enabled():
+        # create_graph=True: a kernel leaves no graph for second derivatives, plain PyTorch does; so must `dense`.
+        products = reference
+        dense = _ops.masked_weight(weight, bits, ctx.scores) if need_weight or need_scores else dense
+    sink = _sinks.get(id(ctx.scores)) if need_scores else None
     if sink is not None:
         sink(flat_rows(g), flat_rows(x))
         need_scores = False
-    dx = _ops.masked_linear_dx(g, weight, bits, dense) if need_x else None
     rows = (flat_rows(x), flat_rows(g)) if need_weight or need_scores else None
-    d_weight = d_scores = None
-    if need_scores:
-        d_scores = _ops.mask_grad(rows[0], rows[1], None, weight, None, None, None, 1.0, 0).to(ctx.scores_dtype)
+    dx = d_weight = d_scores = None
+    with backends.without_autocast(g.device.type) if products is reference else contextlib.nullcontext():
+        if need_x:
+            dx = products.masked_linear_dx(g, weight, bits, dense)
+        if need_scores:
+            d_scores = products.mask_grad(rows[0], rows[1], None, weight, None, None, None, 1.0, 0).to(ctx.scores.dtype)
     if need_weight:
-        d_weight = _ops.masked_weight((rows[1].T @ rows[0]).to(weight.dtype), bits, None)
+        # scores for a second derivative: a weight's gradient depends on its bit.
+        d_weight = _ops.masked_weight((rows[1].T @ rows[0]).to(weight.dtype), bits, ctx.scores)
     d_bias = flat_rows(g).sum(0) if need_bias else None
     return dx, d_weight, None, d_bias, None, d_scores
 
@@ -154,17 +163,17 @@ def _masked_linear_backward(ctx, g):
 def _masked_weight_setup(ctx, inputs, output):
     weight, bits, scores = inputs
     ctx.save_for_backward(weight, bits)
-    ctx.scores_id, ctx.scores_dtype = id(scores), None if scores is None else scores.dtype
+    ctx.scores = scores
 
 
 def _masked_weight_backward(ctx, g):
     weight, bits = ctx.saved_tensors
-    d_weight = _ops.masked_weight(g.contiguous(), bits, None) if ctx.needs_input_grad[0] else None
-    sink = _sinks.get(ctx.scores_id) if ctx.needs_input_grad[2] else None
+    d_weight = _ops.masked_weight(g.contiguous(), bits, ctx.scores) if ctx.needs_input_grad[0] else None
+    sink = _sinks.get(id(ctx.scores)) if ctx.needs_input_grad[2] else None
     if sink is not None:
         sink(g, None)
         return d_weight, None, None
-    d_scores = (g.to(ctx.scores_dtype) * weight).to(ctx.scores_dtype) if ctx.needs_input_grad[2] else None
+    d_scores = (g.to(ctx.scores.dtype) * weight).to(ctx.scores.dtype) if ctx.needs_input_grad[2] else None
     return d_weight, None, d_scores
 
 

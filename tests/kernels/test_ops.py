@@ -191,18 +191,59 @@ def test_a_compiled_update_writes_in_place():
         assert all(torch.equal(a, b) for a, b in zip(u[name], eager[name])), name
 
 
-def test_a_second_derivative_is_refused_not_wrong():
-    t = layer((M, N, K), torch.float64)
-    x, s = t["x"].requires_grad_(), t["scores"].double().requires_grad_()
-    y = rk.masked_linear(x, t["weight"], t["bits"], None, scores=s)
+@pytest.mark.parametrize("kept", [False, True], ids=["bits", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_second_derivative_in_x_is_right(dtype, kept):
+    t = layer((M, N, K), dtype)
+    x, dense = t["x"].requires_grad_(), reference.masked_weight(t["weight"], t["bits"])
+    y = rk.masked_linear(x, t["weight"], t["bits"], None, dense=dense if kept else None)
     (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
-    dense = reference.masked_weight(t["weight"], t["bits"])
-    (want,) = torch.autograd.grad((2 * (x @ dense.T) @ dense).sum(), x)
-    try:
-        (got,) = torch.autograd.grad(g.sum(), x)
-    except (RuntimeError, NotImplementedError):
-        return
-    assert torch.allclose(got, want)
+    (got,) = torch.autograd.grad(g.pow(2).sum(), x)
+    (want,) = torch.autograd.grad((2 * (x @ dense.T) @ dense).pow(2).sum(), x)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("product", ["masked_linear", "masked_weight"])
+@pytest.mark.parametrize("trained", ["scores", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_second_derivative_in_weight_or_scores_is_right(dtype, trained, product):
+    t = layer((M, N, K), dtype)
+    x, bits, mask = t["x"].requires_grad_(), t["bits"], reference.unpack_bits(t["bits"], K)
+    w, s = t["weight"], t["scores"].to(dtype)
+    leaf = {"scores": s, "weight": w}[trained].requires_grad_()
+    # Straight through: the scores' gradient is the bits'.
+    through = mask.to(dtype) + (s - s.detach())
+
+    def penalty(y):
+        (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), leaf)[0]
+
+    want = penalty(x @ (w * through).T)
+    if product == "masked_linear":
+        got = penalty(rk.masked_linear(x, w, bits, scores=s))
+    else:
+        got = penalty(x @ rk.masked_weight(w, bits, s).T)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("product", ["masked_linear", "masked_weight"])
+def test_second_derivatives_pass_through_every_first_one(product):
+    t = layer((M, N, K), torch.float64)
+    bits, mask = t["bits"], reference.unpack_bits(t["bits"], K).double()
+    leaves = [t[name].double().requires_grad_() for name in ("x", "weight", "bias", "scores")]
+    x, w, b, s = leaves
+
+    def second(y):
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+    through = mask + (s - s.detach())
+    want = second(x @ (w * through).T + b)
+    y = x @ rk.masked_weight(w, bits, s).T + b
+    if product == "masked_linear":
+        y = rk.masked_linear(x, w, bits, b, scores=s)
+    for got, right in zip(second(y), want):
+        torch.testing.assert_close(got, right)
 
 
 # --- autocast and mixed dtypes ----------------------------------------------------------------------------------------
