@@ -116,15 +116,18 @@ def weight_gradients_to(sinks: dict[Tensor, Callable[[Tensor, Tensor | None], No
 
     sinks: {scores (N, K): sink}. `masked_linear` calls sink(g, x) with the rows g (M, N), x (M, K) of its weight
     gradient g.T @ x; `masked_weight` calls sink(g, None) with that gradient (N, K). No factor W is in either.
+    Within another such block the inner sink of the same scores is called, and behind it the outer one again.
     Products compiled by torch.compile know no sinks and make gradients of the scores.
     """
     mine = {id(scores): sink for scores, sink in sinks.items()}
+    outer = {key: _sinks[key] for key in mine if key in _sinks}
     _sinks.update(mine)
     try:
         yield
     finally:
         for key in mine:
             _sinks.pop(key, None)
+        _sinks.update(outer)
 
 
 def _masked_linear_setup(ctx, inputs, output):

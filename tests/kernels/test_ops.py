@@ -156,6 +156,26 @@ def test_both_cotangents_go_back_in_one_batched_call():
             assert torch.allclose(stacked[i], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_sink_within_a_sink_gives_its_place_back():
+    t = layer((M, N, K))
+    s, calls = t["scores"].requires_grad_(), []
+
+    def sink(name):
+        return {s: lambda g, x: calls.append(name)}
+
+    def product():
+        rk.masked_linear(t["x"], t["weight"], t["bits"], scores=s).sum().backward()
+
+    with rk.weight_gradients_to(sink("outer")):
+        with rk.weight_gradients_to(sink("inner")):
+            product()
+        assert calls == ["inner"]
+        product()
+    assert calls == ["inner", "outer"] and s.grad is None
+    product()
+    assert len(calls) == 2 and s.grad is not None
+
+
 def test_vmap_over_weights_or_masks_is_refused():
     t = layer((M, N, K))
     with pytest.raises(NotImplementedError, match="batched rows only"):
