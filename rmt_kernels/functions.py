@@ -20,7 +20,7 @@ def _records_graph(*tensors: Tensor | None) -> bool:
 
 def _as_autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -360,6 +360,16 @@ def test_the_products_dtype_is_that_of_its_rows(x_dtype, w_dtype, kept):
     assert_no_worse(dx, g @ dense.to(x_dtype), g.double() @ dense.to(x_dtype).double(), scale=scale)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+def test_products_of_meta_tensors_have_shape_and_dtype(grouped):
+    t = {name: value.to("meta") for name, value in layer((M, N, K), torch.bfloat16).items()}
+    if grouped:
+        y = rk.grouped_masked_linear(t["x"], t["weight"], [t["bits"]], [0, M], t["bias"])
+    else:
+        y = rk.masked_linear(t["x"], t["weight"], t["bits"], t["bias"])
+    assert y.device.type == "meta" and y.shape == (M, N) and y.dtype == torch.bfloat16
+
+
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
