@@ -98,8 +98,8 @@ def masked_linear(
             equal bit for bit to a plain layer with the mask merged in, unless a backend is forced.
         scores: (N, K), only so that their gradient (g.T @ x) * weight has somewhere to go; the forward ignores them.
 
-    Where a weight is off, x counts as 0 * x: NaN or inf there makes y NaN. fp32 products straight from the bits on a CPU
-    with AVX-512 do not look at x there, and lose it.
+    Where a weight is off, x counts as 0 * x: NaN or inf there makes y NaN. fp32 products straight from the bits on a
+    CPU with AVX-512 do not look at x there, and lose it.
 
     Raises: ValueError, TypeError on a wrong shape, dtype or device.
     """
