@@ -11,6 +11,7 @@ where `rmt doctor` reads it. Environment:
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,22 +53,24 @@ class Unavailable(Exception):
     """Why a part is not built."""
 
 
-def find_cxx() -> str:
-    name = os.environ.get("CXX", "c++")
-    found = shutil.which(name.split()[0])
+def find_cxx() -> list[str]:
+    """The compiler's words: CXX may be a wrapper and its compiler, or bring flags."""
+    name = os.environ.get("CXX") or "c++"
+    program, *rest = shlex.split(name)
+    found = shutil.which(program)
     if found is None:
         raise Unavailable(f"no C++ compiler: {name!r} is not on the PATH")
-    return found
+    return [found, *rest]
 
 
-def supports(cxx: str, flags: list[str], tmp: Path) -> bool:
+def supports(cxx: list[str], flags: list[str], tmp: Path) -> bool:
     source = tmp / "probe.cpp"
     source.write_text("int main() { return 0; }\n")
-    command = [cxx, *flags, str(source), "-o", str(tmp / "probe")]
+    command = [*cxx, *flags, str(source), "-o", str(tmp / "probe")]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def instruction_sets(cxx: str, tmp: Path) -> tuple[list[str], dict[str, str]]:
+def instruction_sets(cxx: list[str], tmp: Path) -> tuple[list[str], dict[str, str]]:
     """The sets to build, and why each other one is left out."""
     isas, left_out = [], {}
     for isa, flags in ISA_FLAGS.items():
@@ -138,6 +141,9 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         super().run()
+        if self.inplace and isinstance(self.info["cpu"], str):
+            # An older build's, beside newer Python: setuptools copies a file that there is, and removes none.
+            Path(self.get_ext_fullpath("rmt_kernels._C")).unlink(missing_ok=True)
         self.record(self.info)
 
     def compile(self, tmp: Path, target: Path, info: dict, cuda: bool) -> None:
@@ -149,7 +155,7 @@ class NinjaBuild(build_ext):
         openmp = ["-fopenmp"] if supports(cxx, ["-fopenmp"], tmp) else []
         isas, left_out = instruction_sets(cxx, tmp)
         info["cpu"] = {
-            "compiler": first_line([cxx, "--version"]), "isas": isas, "left_out": left_out, "openmp": bool(openmp),
+            "compiler": first_line([*cxx, "--version"]), "isas": isas, "left_out": left_out, "openmp": bool(openmp),
         }  # fmt: skip
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", f"-I{tmp}"]
         if cuda:
@@ -163,7 +169,7 @@ class NinjaBuild(build_ext):
 
         def compile_to(rule: str, source: Path, name: str, flags: list[str]) -> None:
             objects.append(f"{name}.o")
-            edges.append(f"build {name}.o: {rule} {escape(source)}\n  flags = {' '.join(flags)}\n")
+            edges.append(f"build {name}.o: {rule} {escape(source)}\n  flags = {words(flags)}\n")
 
         plain = [*CXX_FLAGS, *openmp, *includes]
         compile_to("cxx", CSRC / "bindings.cpp", "bindings", plain)
@@ -181,14 +187,13 @@ class NinjaBuild(build_ext):
             compile_to("cxx", CSRC / "cuda" / "bindings.cpp", "cuda_bindings", plain)
 
         # nvcc links its runtime statically: the extension loads without any CUDA installed.
-        link = f"{nvcc} -shared -cudart static -Xcompiler {','.join(openmp) or '-fPIC'}" if cuda else None
-        link = link or f"{cxx} -shared {' '.join(openmp)}"
-        if sys.platform == "darwin":
-            link += " -undefined dynamic_lookup"
+        linker = [nvcc, "-cudart", "static", "-Xcompiler", ",".join(openmp) or "-fPIC"] if cuda else [*cxx, *openmp]
+        linker += ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+        tail = "-MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n"
         rules = [
-            f"rule cxx\n  command = {cxx} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n",
-            f"rule nvcc\n  command = {nvcc} $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n",
-            f"rule link\n  command = {link} $in -o $out\n",
+            f"rule cxx\n  command = {words(cxx)} $flags -MMD {tail}",
+            *([f"rule nvcc\n  command = {words([nvcc])} $flags -MD {tail}"] if cuda else []),
+            f"rule link\n  command = {words(linker)} -shared $in -o $out\n",
             *edges,
             f"build {escape(target)}: link {' '.join(objects)}\n",
         ]
@@ -205,6 +210,11 @@ class NinjaBuild(build_ext):
             path = home / "rmt_kernels" / "_build_info.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(info, indent=2) + "\n")
+
+
+def words(command: list[str]) -> str:
+    """Words of a shell's command as ninja reads it: a path may have a space."""
+    return shlex.join(command).replace("$", "$$")
 
 
 def escape(path: Path) -> str:
