@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .config import UserError
-from .run_commands import report_failures, run_config
+from .run_commands import many_seeds, report_failures, run_config
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -29,7 +29,8 @@ def options(parser: "ArgumentParser") -> None:
     add = parser.add_argument
     add("what", type=str, nargs="+", metavar="WHAT", help="ablations by name (--list), or all")
     add("--list", action=_List, help="print the ablations and end")
-    add("--seeds", type=list[int], default=[1, 2, 3], help="in place of --seed, one run of every cell for each")
+    about = "in place of --seed, one run of every cell for each (default: 1 2 3)"
+    add("--seeds", type=list[int] | None, help=about)
     add("--out", type=str, required=True, help="folder of all cells; what is finished there is read back")
 
 
@@ -39,5 +40,6 @@ def command(args: "Namespace") -> None:
 
     if isinstance(args.shots, list):
         raise UserError(f"ablate needs one number of shots (the ablation shots varies it), got {args.shots}")
-    tables = ablate(run_config(args), args.out, args.what, args.seeds)
+    config = run_config(args)
+    tables = ablate(config, args.out, args.what, many_seeds(args.seeds, config))
     report_failures({"failed": {path: why for table in tables.values() for path, why in table["failed"].items()}})

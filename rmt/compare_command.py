@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .config import UserError
-from .run_commands import run_config
+from .run_commands import many_seeds, run_config
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -18,7 +18,8 @@ def options(parser: "ArgumentParser") -> None:
     add = parser.add_argument
     about = f"some of {', '.join(METHODS)}, and what + makes of them: tip+ramt (default: the README's list)"
     add("--methods", type=list[str], default=None, help=about)
-    add("--seeds", type=list[int], default=[1, 2, 3], help="one sample of the training images for each")
+    about = "in place of --seed, one sample of the training images for each (default: 1 2 3)"
+    add("--seeds", type=list[int] | None, help=about)
     about = "augmented passes over the training images whose frozen features are kept, for methods that train on these"
     add("--views", type=int, default=10, help=about)
     about = "most gradient steps through the image tower of any method (default: its authors' number)"
@@ -40,5 +41,6 @@ def compare(args: "Namespace") -> int:
         raise UserError("a comparison needs at least one number of shots, got none")
     made = Options(args.views, args.max_steps, args.max_feature_steps, args.rates)
     command = f"rmt {shlex.join(sys.argv[1:])}"
-    table = run(config, args.out, args.methods or DEFAULT, shots, args.seeds, made, command)
+    seeds = many_seeds(args.seeds, config)
+    table = run(config, args.out, args.methods or DEFAULT, shots, seeds, made, command)
     return int(bool(table["missing"]))

@@ -55,6 +55,8 @@ def export(
 ) -> Path:  # fmt: skip
     """Writes `out` and `out`.json, which says what goes in and what comes out; both whole or not at all.
 
+    ONNX above 1.5 GiB has its weights in `out`.data, where `out` looks for them.
+
     Before they get their names the file is loaded and run, by torch or onnxruntime, on batches of 1 and 3 random
     images, against the live masked model: cosines may differ by 1e-5 (logits and probabilities by that times the
     model's scale), features by 1e-5 of their length.
@@ -86,15 +88,17 @@ def export(
         module = _Exported(loaded.model, text).eval()
         about = _about(loaded, task, features_only)
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / f"model{'.onnx' if kind == 'onnx' else '.pt2'}"
+            # ONNX names the file beside it, where weights above 1.5 GiB go, after its own.
+            path = Path(scratch) / (out.name if kind == "onnx" else "model.pt2")
             run = (_onnx if kind == "onnx" else _torch)(module, torch.randn(_TRACED, 3, *size), path, about)
             scale = 1.0 if features_only else loaded.model.logit_scale.exp().item()
             for batch, want in zip(images, wanted):
                 _need_near(run(batch), want, scale)
+            beside = {out.with_name(f.name): f.read_bytes() for f in Path(scratch).iterdir() if f != path}
             data = path.read_bytes()
     out.parent.mkdir(parents=True, exist_ok=True)
     described = (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode()
-    write_together({out: data, out.with_name(f"{out.name}.json"): described})
+    write_together({**beside, out: data, out.with_name(f"{out.name}.json"): described})
     return out
 
 

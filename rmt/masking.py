@@ -11,7 +11,7 @@
 
 Biases, norms, embeddings and `proj` never get one. Default as the official code's R-AMT: attention and conv of the
 image tower. A ResNet has no mlp and a text tower no conv: those give nothing there. Blocks may hold
-nn.MultiheadAttention (open_clip 2.24 to 3.3) or open_clip main's own Attention: both keep the same state-dict names, by
+nn.MultiheadAttention (open_clip 2.26 to 3.3) or open_clip main's own Attention: both keep the same state-dict names, by
 which masks are known. Other models (timm trunks, Hugging Face) are masked by naming modules: see `rmt.named`.
 """
 

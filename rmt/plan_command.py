@@ -38,20 +38,20 @@ def options(parser: "ArgumentParser") -> None:
     add("--world", type=int | None, help="ranks that share a batch; a column for 1, 2, 4, ... of them")
     add(
         "--layout",
-        type=Literal["replicated", "zero", "sharded"],
-        default="replicated",
-        help="what ranks hold in shares: nothing; scores and moments, as rmt train --zero; weights too, as --shard",
+        type=Literal["replicated", "zero", "sharded"] | None,
+        help="of --world: what ranks hold in shares: nothing; scores and moments, as rmt train --zero; weights too, as "
+        "--shard (default: replicated)",
     )
-    add("--reduce", type=Literal["fp32", "bf16"], default="fp32", help="what gradients travel in")
+    add("--reduce", type=Literal["fp32", "bf16"] | None, help="of --world: what gradients travel in (default: fp32)")
     add("--link", type=float | None, metavar="GB/s", help="of --world: what a rank sends while it receives as much")
     add(
         "--latency", type=float | None, metavar="us", help="of --world: what a message from rank to rank takes at least"
     )
     add(
         "--overlap",
-        type=float,
-        default=1.0,
-        help="share of the hideable traffic that goes on beside products; 0 where it takes the cores that compute",
+        type=float | None,
+        help="of --world: share of the hideable traffic that goes on beside products; 0 where it takes the cores that "
+        "compute (default: 1)",
     )
     add(
         "--step-ms",
@@ -86,7 +86,7 @@ def command(args: "Namespace") -> None:
     title = f"{args.precision}, {', '.join(mask.targets)}"
     if args.world is not None:
         return _world(args, target, planned, title)
-    for name in ("link", "latency", "step_ms", "measured"):
+    for name in ("layout", "reduce", "overlap", "link", "latency", "step_ms", "measured"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')} says how several ranks do: it needs --world")
     if args.fit:
@@ -113,8 +113,10 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
         raise UserError("--fit is of one device, --world of several: give one of them")
     if args.world > 1 and (args.link is None or args.latency is None):
         raise UserError("several ranks need a link: --link GB/s, that a rank sends, and --latency us, of one message")
-    link = Link(1e9 * (1 if args.link is None else args.link), (args.latency or 0) / 1e6, args.overlap)
-    sharing = Sharing(args.layout, args.reduce, 2 if args.precision == "bf16" else 4, args.accumulate)
+    overlap = 1.0 if args.overlap is None else args.overlap
+    link = Link(1e9 * (1 if args.link is None else args.link), (args.latency or 0) / 1e6, overlap)
+    layout, reduce = args.layout or "replicated", args.reduce or "fp32"
+    sharing = Sharing(layout, reduce, 2 if args.precision == "bf16" else 4, args.accumulate)
     steps = _steps(args)
     planned = functools.cache(planned)
     known = -(-args.batch // columns(args.batch, args.world)[-1])
@@ -130,7 +132,7 @@ def _world(args: "Namespace", target: Device, planned: Callable[[int], "StepPlan
         rate, copy = f"{target.rate / 1e12:,.4g} TFLOP/s", f"{target.copy / 1e9:,.4g} GB/s"
         said += [f"one device: the floor of {target.title}", f"    {rate}, {target.sources['rate']}"]
         said += [f"    {copy}, {target.sources['copy']}"]
-    title = f"{args.model}, batch {args.batch}, {title}, {args.layout}, gradients in {args.reduce}"
+    title = f"{args.model}, batch {args.batch}, {title}, {layout}, gradients in {reduce}"
     print(world_as_text(rows, target, title, said))
     if args.json:
         made = [dataclasses.asdict(row) | {"total": row.total, "efficiency": row.efficiency(rows[0])} for row in rows]

@@ -20,10 +20,17 @@ def run_config(args: "Namespace") -> RunConfig:
     return build(RunConfig, values, "config")
 
 
-def train_options(parser: "ArgumentParser", seeds: list[int] | None = None) -> None:
-    """Of train, and of b2n with its own seeds."""
-    add, some = parser.add_argument, "several: one run for each" if seeds is None else "one run for each"
-    add("--seeds", type=list[int] | None, default=seeds, help=f"in place of --seed, {some}")
+def many_seeds(asked: list[int] | None, config: RunConfig) -> list[int]:
+    """Those of --seeds, 1 2 3 where there are none. Raises UserError for a --seed alone: nothing would look at it."""
+    if asked is None and config.seed != RunConfig.seed:
+        raise UserError(f"--seed is one run's, and there are several here: give --seeds {config.seed}")
+    return [1, 2, 3] if asked is None else asked
+
+
+def train_options(parser: "ArgumentParser", some: str = "several: one run for each") -> None:
+    """Of train, and of b2n."""
+    add = parser.add_argument
+    add("--seeds", type=list[int] | None, help=f"in place of --seed, {some}")
     add("--protocol", type=str, default="coop", help="how samples are drawn and what is measured: coop")
     add("--out", type=str, required=True, help="run folder; a run that was stopped there goes on")
 
@@ -65,7 +72,7 @@ def train(args: "Namespace") -> None:
 
 def b2n_options(parser: "ArgumentParser") -> None:
     """Of b2n."""
-    train_options(parser, [1, 2, 3])
+    train_options(parser, "one run for each (default: 1 2 3)")
 
 
 def b2n(args: "Namespace") -> None:
@@ -73,9 +80,11 @@ def b2n(args: "Namespace") -> None:
     from .protocols import base_to_new, check_protocol
 
     check_protocol(args.protocol)
-    if isinstance(args.shots, list) or not args.seeds:
-        raise UserError(f"b2n needs one number of shots and some seeds, got {args.shots} and {args.seeds}")
-    report_failures(base_to_new(run_config(args), args.out, args.seeds))
+    config = run_config(args)
+    seeds = many_seeds(args.seeds, config)
+    if isinstance(args.shots, list) or not seeds:
+        raise UserError(f"b2n needs one number of shots and some seeds, got {args.shots} and {seeds}")
+    report_failures(base_to_new(config, args.out, seeds))
 
 
 def report_failures(table: dict) -> None:

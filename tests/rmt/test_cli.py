@@ -140,6 +140,10 @@ def test_b2n(files, tmp_path, capsys):
     assert "H of the means" in capsys.readouterr().out
     assert main([*command, *QUICK, "--shots", "1", "2"]) == 2
     assert "b2n needs one number of shots" in error(capsys)
+    # Nothing would look at it.
+    for one in (["b2n"], ["compare"], ["ablate", "l2"]):
+        assert main([*one, *command[1:], "--seed", "7"]) == 2
+        assert "--seed is one run's, and there are several here: give --seeds 7" in error(capsys)
 
 
 def test_eval_on_other_images_of_the_same_classes(run, tmp_path, capsys):

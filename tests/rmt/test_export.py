@@ -160,3 +160,17 @@ def test_refusals_come_before_any_work(made, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"needs onnx, onnxscript and onnxruntime \(extra \[export\]\)"):
         export.export(folder / "task", tmp_path / "a", "onnx")
     assert not (tmp_path / "a").exists() and not (tmp_path / "a.json").exists()
+
+
+def test_weights_that_onnx_puts_beside_its_file_come_along(made, tmp_path, monkeypatch):
+    """As it does above 1.5 GiB: the check before has seen them, and a file that is moved alone has none."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    program = pytest.importorskip("torch.onnx._internal.exporter._onnx_program")
+    if not hasattr(program, "_LARGE_MODEL_THRESHOLD"):
+        pytest.skip("this torch has no such threshold")
+    monkeypatch.setattr(program, "_LARGE_MODEL_THRESHOLD", 1000)
+    out = tmp_path / "sub" / "my task.onnx"
+    export.export(made[0] / "task", out, "onnx")
+    assert {f.name for f in out.parent.iterdir()} == {"my task.onnx", "my task.onnx.data", "my task.onnx.json"}
+    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"images": torch.randn(2, 3, 32, 32).numpy()})[0].shape[0] == 2
