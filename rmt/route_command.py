@@ -62,6 +62,9 @@ def _config(args: "Namespace"):
     given = args.as_dict()
     names = [field.name for field in dataclasses.fields(RouteConfig)]
     values |= {name: given[name] for name in names if given[name] is not None}
+    # The config cannot tell an epochs that was asked for from its default, which steps stand in place of.
+    if given["epochs"] is not None and values.get("steps") is not None:
+        raise UserError(f"--epochs or steps must be given, not both, got {given['epochs']} and {values['steps']}")
     # Before the config, which would complain of the preset's values one by one.
     host = host_of(values.get("model"), values.get("questions"))
     if args.preset and (own := args.preset.partition("-")[0]) != host:

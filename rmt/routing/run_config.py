@@ -20,6 +20,8 @@ OF_HOSTS: dict[str, tuple[Host, ...]] = {
     "pretrained": ("coca",), "image_size": ("coca",), "prefix": ("gpt2",), "beams": ("gpt2",),
     "generate": ("coca", "gpt2"), "min_answers": ("roberta",), "draw_pooler": ("roberta",),
     "double_embeddings": ("roberta",),
+    # A pooler gives one visual token, whatever source says; a length is that of a caption that is made.
+    "source": ("coca",), "length": ("coca", "gpt2"),
 }  # fmt: skip
 
 
@@ -46,13 +48,14 @@ class RouteConfig:
             questions have it. draw_pooler: draw the pooler of a RoBERTa that comes without one, by the seed.
         double_embeddings: positions and LayerNorm twice over the question, as the official code.
         kind: lora or adapter. function: none, add, mul, expand or gram. r: width of the bottleneck. alpha: of LoRA's
-            scale alpha / r; by default r. dropout: before LoRA's A.
+            scale alpha / r; by default r. dropout: before LoRA's A; an adapter has neither.
         train_ln: train the LayerNorms of the layers too, as the official code. train_bias: and the biases of LoRA's
             products.
         share: one adapter for attention and MLP of a block, as published for GPT-2. residual: add an adapter's input to
             its output; false as published for RoBERTa. zero_init: begin with its way up at 0; false as published.
-        sites: LoRA's products, by default self.q and self.v. couple_qv: q and v in one bottleneck. layers: numbers of
-            blocks, by default all. source: mean, tokens or first of the image tokens.
+        sites: LoRA's products, by default self.q and self.v; beside an adapter those whose biases are trained.
+            couple_qv: q and v in one bottleneck. layers: numbers of blocks, by default all. source: mean, tokens or
+            first of a CoCa's image tokens.
         lr: the largest step size. warmup: steps, or their share below 1. steps: how many, in place of epochs. epochs:
             passes over all captions. batch: captions a step. weight_decay: AdamW's. clip: the gradient's largest norm.
         precision: fp32, or bf16 autocast. checkpointing: compute blocks again in the backward pass, for memory.
@@ -139,8 +142,12 @@ class RouteConfig:
                 raise UserError(f"--{name.replace('_', '-')} is of {known}, not of {HOSTS[self.host]}")
         if self.kind == "lora" and (self.share or not self.residual or not self.zero_init):
             raise UserError("--share, --residual and --zero-init are of --kind adapter, not of lora")
-        if self.kind == "adapter" and self.couple_qv:
-            raise UserError("--couple-qv is of --kind lora, not of adapter")
+        if self.kind == "adapter":
+            for name in ("couple_qv", "alpha", "dropout"):
+                if getattr(self, name) != defaults[name]:
+                    raise UserError(f"--{name.replace('_', '-')} is of --kind lora, not of adapter")
+            if self.sites != defaults["sites"] and not self.train_bias:
+                raise UserError("--sites is of --kind lora, or of an adapter with --train-bias, which trains theirs")
 
     @property
     def host(self) -> Host:

@@ -68,6 +68,9 @@ def test_the_same_command_again_and_another(run, files, tmp_path, capsys):
     assert "holds a run that differs in ['generate']" in capsys.readouterr().err
     assert main(["route", "train", "--config", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     assert result(tmp_path / "again")["routed_sha256"] == result(run)["routed_sha256"]
+    both = ["--config", str(run / "config.yaml"), "--epochs", "3"]
+    assert main(["route", "train", *both, "--out", str(tmp_path / "both")]) == 2
+    assert "--epochs or steps must be given, not both, got 3 and 6" in capsys.readouterr().err
     (tmp_path / "odd.yaml").write_text("model: x\nnonsense: 3\n")
     assert main(["route", "train", "--config", str(tmp_path / "odd.yaml"), "--captions", "x", "--out", "y"]) == 2
     assert "got ['nonsense']" in capsys.readouterr().err
@@ -162,6 +165,10 @@ def test_presets_are_of_other_hosts(files, tmp_path, capsys):
         (["--vision", "google/vit-base-patch16-224"], "a run has one host: --model, or --vision and --text"),
         (["--beams", "2"], "--beams is of captions with --vision and --text, not of a CoCa"),
         (["--batches", "3"], "did you mean --batch"),
+        (["--kind", "adapter", "--alpha", "8"], "--alpha is of --kind lora, not of adapter"),
+        (["--kind", "adapter", "--dropout", "0.1"], "--dropout is of --kind lora, not of adapter"),
+        (["--kind", "adapter", "--sites", "cross.q"], "--sites is of --kind lora, or of an adapter with --train-bias"),
+        (["--epochs", "3"], "--epochs or steps must be given, not both, got 3 and 6"),
     ],
 )
 def test_mistakes_in_one_line(files, tmp_path, flags, message, capsys):

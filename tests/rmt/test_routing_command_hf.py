@@ -13,8 +13,7 @@ from rmt.data.captions import Captioned
 from rmt.routing import hf_answers, hf_captioner
 from rmt.routing.run_config import RouteConfig, read_yaml
 
-QUICK = ["--r", "4", "--steps", "6", "--batch", "8", "--lr", "3e-2", "--log-every", "2", "--length", "8"]
-QUICK += ["--device", "cpu"]
+QUICK = ["--r", "4", "--steps", "6", "--batch", "8", "--lr", "3e-2", "--log-every", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +28,9 @@ def files(tmp_path_factory):
 def command(files, kind, out, *flags):
     """kind: gpt2 or roberta."""
     data = ["--captions", files["captions"]] if kind == "gpt2" else ["--questions", files["questions"]]
-    data += [] if kind == "gpt2" else ["--min-answers", "2"]
-    return ["route", "train", "--vision", files["vit"], "--text", files[kind], *data, "--out", str(out), *QUICK, *flags]
+    own = ["--length", "8"] if kind == "gpt2" else ["--min-answers", "2"]
+    data += [*own, "--out", str(out)]
+    return ["route", "train", "--vision", files["vit"], "--text", files[kind], *data, *QUICK, *flags]
 
 
 def result(folder):
@@ -202,6 +202,9 @@ def test_presets_stand_between_defaults_and_options(preset, files, tmp_path, cap
         ("gpt2", ["--residual", "false"], "--share, --residual and --zero-init are of --kind adapter"),
         ("gpt2", ["--zero-init", "false"], "--share, --residual and --zero-init are of --kind adapter"),
         ("gpt2", ["--kind", "adapter", "--couple-qv"], "--couple-qv is of --kind lora, not of adapter"),
+        ("gpt2", ["--source", "first"], "--source is of a CoCa (--model), not of captions"),
+        ("roberta", ["--source", "first"], "--source is of a CoCa (--model), not of --questions"),
+        ("roberta", ["--length", "8"], "--length is of a CoCa (--model) or captions"),
         ("gpt2", ["--sites", "cross.q"], "no site cross.q"),
         ("roberta", ["--generate", "2"], "--generate is of a CoCa (--model) or captions"),
         ("roberta", ["--prefix", "false"], "--prefix is of captions with --vision and --text"),
