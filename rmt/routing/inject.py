@@ -10,7 +10,7 @@ routed.remove()                        # the host is as it was, bit for bit
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from ..config import UserError
 from ..files import write_folder
 from ..masked import masks
 from .attention import routed_class
+from .base import Base, base_of
 from .config import RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .context import Leave, VisualContext
 from .fold import fold
@@ -132,9 +133,19 @@ class Routed:
         for name, p in mine.items():
             p.copy_(state[name])
 
+    def base(self, without: Collection[str] | None = None) -> Base:
+        """Of the host's own parameters; `without` are left out, by default those that are trained beside this."""
+        added = [mask.scores for mask in masks(self.model)] + [p for one in self.stack for p in one.parameters()]
+        added = set(map(id, added))
+        own = {name: p for name, p in self.model.named_parameters() if p.numel() and id(p) not in added}
+        return base_of(own, [name for name, p in own.items() if p.requires_grad] if without is None else without)
+
     def save(self, folder: str | Path) -> None:
-        """Writes routed.safetensors and routed_config.json, together or not at all."""
-        config = {"kind": self.kind, **dataclasses.asdict(self.config)}
+        """Writes routed.safetensors and routed_config.json, together or not at all.
+
+        Reads all weights of the host for their hash, by which `load_routed` knows it: seconds where it is large.
+        """
+        config = {"kind": self.kind, **dataclasses.asdict(self.config), "host": dataclasses.asdict(self.base())}
         data = save({name: p.cpu().contiguous() for name, p in self.state_dict().items()})
         write_folder(Path(folder), {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), FILE: data})
 
@@ -227,14 +238,24 @@ class Routed:
         return tokens[:, :1] if self.config.source == "first" else tokens.mean(1, keepdim=True)
 
 
-def load_routed(model: nn.Module, folder: str | Path) -> Routed:
-    """Injects what `Routed.save` wrote. Raises UserError where it is missing, damaged or another host's."""
+def load_routed(model: nn.Module, folder: str | Path, allow_base_mismatch: bool = False) -> Routed:
+    """Injects what `Routed.save` wrote. Where a host has other parts that were trained or drawn, fill them in first.
+
+    Weights that were frozen must be those that it was trained on; in another dtype they are not compared, nor where the
+    folder is from before their hash was kept.
+
+    Args:
+        allow_base_mismatch: use it on other weights of the same shapes, at one's own risk.
+
+    Raises: UserError where it is missing, damaged or another host's; the model is then as it was.
+    """
     folder = Path(folder)
     try:
         values = json.loads((folder / CONFIG).read_text())
         state = load_file(folder / FILE)
-        kind = KINDS[values.pop("kind")]
-        config = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        kind, host = KINDS[values.pop("kind")], values.pop("host", None)
+        config = kind(**_tuples(values))
+        base = None if host is None else Base(**_tuples(host))
     except UserError:
         raise
     except Exception as error:
@@ -242,10 +263,24 @@ def load_routed(model: nn.Module, folder: str | Path) -> Routed:
     routed = Routed(model, config)
     try:
         routed.load_state_dict(state)
+        if base is not None and not allow_base_mismatch:
+            _need_base(routed, base, folder)
     except UserError:
         routed.remove()
         raise
     return routed
+
+
+def _tuples(values: Mapping) -> dict:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _need_base(routed: Routed, base: Base, folder: Path) -> None:
+    if not base.may_be(mine := routed.base(base.without)):
+        raise UserError(
+            f"{folder} is for another host: expected weights with sha256 {base.weights}, got {mine.weights}. "
+            "allow_base_mismatch uses it all the same"
+        )
 
 
 def _need_eager(model: nn.Module) -> None:

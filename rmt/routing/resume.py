@@ -21,7 +21,7 @@ class RoutingResume:
     Batches and dropout are functions of seed and step, so that there is no other random state.
 
     Args:
-        path: of the file. fingerprint: texts that say which run this is; a file with others is refused.
+        path: of the file. fingerprint: texts that say which run this is, by name; a file with others is refused.
         every: seconds between two writings; 0 writes after every step.
 
     Raises: UserError where the file is damaged or another run's.
@@ -77,6 +77,19 @@ class RoutingResume:
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
         for name, mine in self.fingerprint.items():
-            if (theirs := state["fingerprint"].get(name)) != mine:
+            # Older files lack some names: they say nothing of these.
+            if not _same(name, theirs := state["fingerprint"].get(name, mine), mine):
                 raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
         return state
+
+
+def _same(name: str, theirs: str, mine: str) -> bool:
+    """Configs by value: 8 is 8.0, and fields that are newer than the file have their defaults."""
+    if name != "config" or theirs == mine:
+        return theirs == mine
+    from .run_config import from_yaml  # which imports the loop, and that this file
+
+    try:
+        return from_yaml(theirs) == from_yaml(mine)
+    except UserError:
+        return False

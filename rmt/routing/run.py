@@ -1,7 +1,7 @@
 """A whole routing run in a folder: a host tuned on captions or on questions, measured before and after.
 
 config.yaml     what was asked for; `rmt route train --config RUN/config.yaml --out NEW` does it again
-before.json     the held-out loss of the host as it came
+before.json     the held-out loss of the host as it came, and a hash of its weights
 metrics.jsonl   a line for every `log_every` steps
 last.pt         the resume file: a run that was killed goes on from here and ends with the same bits
 routed/         what was trained: `rmt.routing.load_routed`
@@ -22,6 +22,7 @@ from torch import nn
 from ..config import UserError, build
 from ..files import environment, open_rows, sha256, write_folder, write_json, write_whole
 from ..progress import progress
+from .base import base_of
 from .beside import FILE, beside, load, to_bytes
 from .inject import Routed, inject_routed_adapter, inject_routed_lora, load_routed
 from .resume import RoutingResume
@@ -48,13 +49,14 @@ def run_routing(config: RouteConfig, out: str | Path) -> dict:
     task = kind.new(config, parts["train"])
     model, batches = task.model, task.batches(parts["train"])
     steps = len(config.training().rates(batches.steps_per_epoch))
+    weights = base_of(dict(model.named_parameters())).weights
     # A config that the host cannot take leaves no folder behind, which the mended one would then not go into.
     trial = inject(model, config)
     beside(model, config)
     trial.remove()
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / CONFIG_FILE, to_yaml(config).encode())
-    before = _before(task, measured, out)
+    before = _before(task, measured, weights, out)
     print(f"host       {task.said(before)} on {len(measured)} {part} {task.unit}", flush=True)
     routed = inject(model, config)
     others = beside(model, config)
@@ -66,7 +68,7 @@ def run_routing(config: RouteConfig, out: str | Path) -> dict:
     print(f"train      {counts}")
     if config.checkpointing:
         task.set_grad_checkpointing()
-    seconds = _train(task, routed, batches, config, out, steps)
+    seconds = _train(task, routed, batches, config, out, steps, weights)
     routed.save(out / ROUTED_FOLDER)
     write_folder(out, {**task.files, **({FILE: to_bytes(others)} if others else {})})
     after = task.measure(measured)
@@ -91,7 +93,7 @@ def inject(model: nn.Module, config: RouteConfig) -> Routed:
 def evaluate_routing(config: RouteConfig, run: str | Path, part: str | None = None) -> dict:
     """Measures a run's parameters on one part of its data, by default the last that there is; prints as `run_routing`.
 
-    Raises: UserError where the run has none yet, or the data no such part.
+    Raises: UserError where the run has none yet, the host's weights are others by now, or the data has no such part.
     """
     folder = Path(run) / ROUTED_FOLDER
     if not folder.is_dir():
@@ -103,9 +105,10 @@ def evaluate_routing(config: RouteConfig, run: str | Path, part: str | None = No
     if not items:
         raise UserError(f"{config.data} has no {part} {kind.unit} to measure on")
     task = kind.of_run(config, Path(run))
-    load_routed(task.model, folder)
+    # First, since load_routed compares what is frozen, a pooler that was drawn too.
     if others := beside(task.model, config):
         load(others, Path(run) / FILE)
+    load_routed(task.model, folder)
     found = task.measure(items)
     print(f"routed     {task.said(found)} on {len(items)} {part} {task.unit}", flush=True)
     return {"split": part, task.unit: len(items), **found, **task.show(items)}
@@ -130,16 +133,23 @@ def _held_out_part(parts: Mapping[str, list], config: RouteConfig) -> tuple[str,
     raise UserError(f"{config.data} must have val or test {unit} to measure on, got training {unit} alone")
 
 
-def _before(task: Task, items: Sequence, out: Path) -> dict:
-    """Of the host as it came, its answer head as drawn: measured once, and read back where the run goes on."""
+def _before(task: Task, items: Sequence, weights: str, out: Path) -> dict:
+    """Of the host as it came, its answer head as drawn: measured once, and read back where the run goes on.
+
+    Raises: UserError where it was measured on a host with other weights; an older file says nothing of them.
+    """
     path = out / BEFORE_FILE
     if not path.is_file():
-        write_json(path, task.measure(items))
-    return json.loads(path.read_text())
+        write_json(path, {"weights": weights, **task.measure(items)})
+    found = json.loads(path.read_text())
+    if (theirs := found.pop("weights", weights)) != weights:
+        raise UserError(f"{path} is another host's: weights was {theirs!r}, now it is {weights!r}: give another --out")
+    return found
 
 
-def _train(task: Task, routed: Routed, batches: Any, config: RouteConfig, out: Path, steps: int) -> float:
-    fingerprint = {"config": to_yaml(config), **task.fingerprint(batches), "steps": str(steps)}
+def _train(task: Task, routed: Routed, batches: Any, config: RouteConfig, out: Path, steps: int, weights: str) -> float:
+    # Images are known by path alone: to read those of MSCOCO at every start would take minutes.
+    fingerprint = {"config": to_yaml(config), **task.fingerprint(batches), "steps": str(steps), "weights": weights}
     resume = RoutingResume(out / RESUME_FILE, fingerprint, config.save_every)
     if resume.steps_done:
         print(f"resume     from step {resume.steps_done} of {steps}")

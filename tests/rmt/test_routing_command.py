@@ -1,6 +1,8 @@
 """rmt route train and rmt route eval: files, the way back in, what is printed, what is refused."""
 
 import json
+import re
+import shutil
 
 import pytest
 import text_tools
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from rmt import clip
 from rmt.cli import main
+from rmt.config import UserError
 from rmt.routing import load_routed, train
 
 QUICK = ["--r", "4", "--steps", "6", "--batch", "8", "--lr", "3e-2", "--log-every", "2", "--length", "8"]
@@ -88,6 +91,70 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(run, files, tmp_pat
     assert main(command(files, tmp_path / "whole", *flags)) == 0
     assert result(out)["routed_sha256"] == result(tmp_path / "whole")["routed_sha256"]
     assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def killed(command, monkeypatch):
+    """In its fourth step, its resume file of the third."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", text_tools.killed_at(torch.optim.AdamW.step, 4))
+        assert main([*command, "--save-every", "0"]) == 130
+    return [*command, "--save-every", "0"]
+
+
+def test_a_killed_run_does_not_go_on_from_another_host(files, tmp_path, monkeypatch, capsys):
+    mine, out = (files[0], text_tools.coca_folder(tmp_path / "model")), tmp_path / "run"
+    again = killed(command(mine, out), monkeypatch)
+    shutil.rmtree(tmp_path / "model")
+    text_tools.coca_folder(tmp_path / "model", seed=1)
+    assert main(again) == 2
+    assert re.search(r"before\.json is another host's: weights was '\w{12}', now it is '", capsys.readouterr().err)
+    (out / "before.json").unlink()
+    assert main(again) == 2
+    assert re.search(r"last\.pt is another run's: weights was '\w{12}', now it is '", capsys.readouterr().err)
+    # A file from before these were kept says nothing of them.
+    state = torch.load(out / "last.pt", weights_only=True)
+    del state["fingerprint"]["weights"]
+    torch.save(state, out / "last.pt")
+    before = json.loads((out / "before.json").read_text())
+    del before["weights"]
+    (out / "before.json").write_text(json.dumps(before))
+    assert main(again) == 0 and "resume     from step 3 of 6" in capsys.readouterr().out
+    assert result(out)["before"] == before
+
+
+def test_a_config_is_compared_by_value(run, files, tmp_path, monkeypatch, capsys):
+    values = (run / "config.yaml").read_text().replace("alpha: null", "alpha: 8")
+    (tmp_path / "eight.yaml").write_text(values)
+    plain = ["route", "train", "--config", str(tmp_path / "eight.yaml"), "--out", str(tmp_path / "run")]
+    again = killed(plain, monkeypatch)
+    capsys.readouterr()
+    assert main([*again, "--alpha", "8"]) == 0 and "resume     from step 3 of 6" in capsys.readouterr().out
+
+
+def test_what_was_trained_is_not_put_into_another_host(run, files, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(files[1], text_tools.coca_folder(tmp_path / "model", seed=1)))
+    assert main(["route", "eval", str(copy)]) == 2
+    assert "is for another host: expected weights with sha256" in capsys.readouterr().err
+    model = clip.load(f"local-dir:{tmp_path / 'model'}", None, None, torch.device("cpu")).model
+    names = set(model.state_dict())
+    with pytest.raises(UserError, match=r"another host: expected weights with sha256 \w{12}, got \w{12}\. allow"):
+        load_routed(model, copy / "routed")
+    assert set(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
+    load_routed(model, copy / "routed", allow_base_mismatch=True).remove()
+    # In another dtype the right weights cannot be told from others.
+    load_routed(model.bfloat16(), copy / "routed").remove()
+    path = copy / "routed" / "routed_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"host": {"hash": "x"}}))
+    with pytest.raises(UserError, match=r"as Routed\.save writes them"):
+        load_routed(model.float(), copy / "routed")
+    # A file from before it was kept.
+    del values["host"]
+    path.write_text(json.dumps(values))
+    assert main(["route", "eval", str(copy), "--limit", "2", "--generate", "0"]) == 0
 
 
 def test_a_coca_without_weights_is_refused(files, tmp_path, monkeypatch, capsys):
