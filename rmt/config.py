@@ -275,15 +275,23 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def from_yaml(text: str) -> RunConfig:
-    """Raises UserError where the text is no YAML, lacks a field, has an unknown one or a bad value."""
+def from_yaml(text: str, kind: type = RunConfig) -> Any:
+    """A config. Raises UserError where the text is no YAML, lacks a field, has an unknown one or a bad value."""
     import yaml
 
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"the config must be YAML: {error}") from error
-    return build(RunConfig, values, "config")
+    return build(kind, values, "config")
+
+
+def same_yaml(theirs: str, mine: str, kind: type = RunConfig) -> bool:
+    """Whether two texts are of one config: 1 is 1.0, and fields that are newer than a text have their defaults."""
+    try:
+        return theirs == mine or from_yaml(theirs, kind) == from_yaml(mine, kind)
+    except UserError:
+        return False
 
 
 def build(kind: type, values: Any, where: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import write_whole
-from .config import UserError, from_yaml
+from .config import UserError, same_yaml
 from .optim import MaskAdam
 from .world import World
 
@@ -85,7 +85,8 @@ class Resume:
             raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
         for name, mine in self.fingerprint.items():
             # Older files lack some names: they say nothing of these.
-            if not _same(name, theirs := state["fingerprint"].get(name, mine), mine):
+            theirs = state["fingerprint"].get(name, mine)
+            if not (same_yaml(theirs, mine) if name == "config" else theirs == mine):
                 raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
         return state
 
@@ -114,13 +115,3 @@ class Resume:
         torch.save(state, buffer)
         write_whole(self.path, buffer.getbuffer())
         self._written = time.monotonic()
-
-
-def _same(name: str, theirs: str, mine: str) -> bool:
-    """Configs by value: 1 is 1.0, and fields that are newer than the file have their defaults."""
-    if name != "config" or theirs == mine:
-        return theirs == mine
-    try:
-        return from_yaml(theirs) == from_yaml(mine)
-    except UserError:
-        return False

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import UserError
+from ..config import UserError, same_yaml
 from ..files import write_whole
 
 VERSION = 1
@@ -76,20 +76,11 @@ class RoutingResume:
             raise UserError(f"{self.path} is damaged: delete it to start the run anew ({error})") from error
         if not isinstance(state, dict) or state.get("version") != VERSION:
             raise UserError(f"{self.path} must be a resume file of version {VERSION}: delete it to start the run anew")
+        from .run_config import RouteConfig  # which imports the loop, and that this file
+
         for name, mine in self.fingerprint.items():
             # Older files lack some names: they say nothing of these.
-            if not _same(name, theirs := state["fingerprint"].get(name, mine), mine):
+            theirs = state["fingerprint"].get(name, mine)
+            if not (same_yaml(theirs, mine, RouteConfig) if name == "config" else theirs == mine):
                 raise UserError(f"{self.path} is another run's: {name} was {theirs!r}, now it is {mine!r}")
         return state
-
-
-def _same(name: str, theirs: str, mine: str) -> bool:
-    """Configs by value: 8 is 8.0, and fields that are newer than the file have their defaults."""
-    if name != "config" or theirs == mine:
-        return theirs == mine
-    from .run_config import from_yaml  # which imports the loop, and that this file
-
-    try:
-        return from_yaml(theirs) == from_yaml(mine)
-    except UserError:
-        return False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import UserError, build
+from ..config import UserError
 from .config import Function, RoutedAdapterConfig, RoutedConfig, RoutedLoRAConfig
 from .train import RoutingTrainConfig
 
@@ -170,22 +170,11 @@ class RouteConfig:
 
 
 def to_yaml(config: RouteConfig) -> str:
-    """What `from_yaml` reads as an equal config."""
+    """What `rmt.config.from_yaml` reads as an equal config."""
     import yaml
 
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return yaml.safe_dump(values, sort_keys=False)
-
-
-def from_yaml(text: str) -> RouteConfig:
-    """Raises UserError where the text is no YAML, has an unknown field or a bad value."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"the config must be YAML: {error}") from error
-    return build(RouteConfig, values, "config")
 
 
 def read_yaml(path: str | Path) -> dict:

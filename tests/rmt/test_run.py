@@ -125,7 +125,7 @@ def other_names(root):
     "change, what",
     [(other_weights, "weights"), (other_pixels, "contents"), (other_labels, "contents"), (other_names, "classes")],
 )
-def test_a_killed_run_does_not_go_on_with_other_weights_images_labels_or_classes(tmp_path, capsys, change, what):
+def test_a_killed_run_does_not_go_on_with_other_weights_images_or_classes(tmp_path, capsys, change, what):
     data = tiny.splits(tmp_path / "data", train=2, test=2)
     if change in (other_labels, other_names):
         rows = [
