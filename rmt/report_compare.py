@@ -130,6 +130,8 @@ def _cost(
     free = [titles[ZERO]] * (ZERO in accuracies) + free
     if free:
         caption += f" A logarithm has no zero: left of the broken line, where it costs nothing, stands {_join(free)}."
+    if ZERO in accuracies and accuracies[ZERO].mean < table_figures.bottom_of(accuracies):
+        caption += f" {titles[ZERO].capitalize()} lies further down than the panels reach: its number stands beside it."
     return Section(
         "Accuracy against cost", figures=[Figure(table_figures.cost(accuracies, columns, titles), caption, True)]
     )

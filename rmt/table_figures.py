@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 # Offsets in points at which a name is tried, nearest first.
 _AROUND = [
-    (x * step, y * step) for step in (7, 12, 20, 30, 42, 56)
+    (x * step, y * step) for step in (7, 12, 20, 30, 42, 56, 72)
     for x, y in ((1, 0), (-1, 0), (0, 1.1), (0, -1.1), (1, 0.9), (1, -0.9), (-1, 0.9), (-1, -0.9))
 ]  # fmt: skip
 _VIT = re.compile(r"(?:visual\.)?transformer\.resblocks\.(\d+)\.(?:attn\.|mlp\.)?(\w+?)(?:_weight|\.weight)")
 _RESNET = re.compile(r"(?:visual\.)?(layer\d+\.\d+|attnpool)\.(\w+?)(?:\.\d+)?\.weight")
 _STEM = re.compile(r"(?:visual\.)?(\w+)\.weight")
+# From so many methods on their names need the room that a far lower zero-shot would take.
+CROWDED = 9
 MODULES = ("in_proj", "out_proj", "c_fc", "c_proj", "conv1", "conv2", "conv3", "downsample",
            "q_proj", "k_proj", "v_proj")  # fmt: skip
 
@@ -29,8 +31,10 @@ MODULES = ("in_proj", "out_proj", "c_fc", "c_proj", "conv1", "conv2", "conv3", "
 def cost(
     accuracies: Mapping[str, Point], panels: Mapping[str, Mapping[str, float | None]], titles: Mapping[str, str]
 ) -> str:
-    """Accuracy against each of several costs, by name -> method -> cost. Costs of 0 stand left of the axis' start."""
-    shown = looks(list(accuracies))
+    """Accuracy against each of several costs, by name -> method -> cost. Costs of 0 stand left of the axis' start, a
+    zero-shot that is far below many methods on the lower edge, with its number."""
+    shown, bottom = looks(list(accuracies)), bottom_of(accuracies)
+    titles = {m: f"{titles[m]}, {p.mean:.1f}" if p.mean < bottom else titles[m] for m, p in accuracies.items()}
 
     def paint(figure: "Figure") -> None:
         panes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -57,7 +61,7 @@ def cost(
             axes.xaxis.set_minor_formatter(lambda value, place: "")
             for method, value in sorted(known.items(), key=lambda item: shown[item[0]].strong):
                 look = shown[method]
-                spots[method] = value if value > 0 else edge, accuracies[method].mean
+                spots[method] = value if value > 0 else edge, max(accuracies[method].mean, bottom)
                 size, face = (7, look.colour) if look.strong else (4.5, "white")
                 axes.plot(*([c] for c in spots[method]), marker=look.marker, ms=size + 3 * (look.marker == "*"),
                           color=look.colour, mfc=face, ls="none", zorder=3)  # fmt: skip
@@ -67,6 +71,16 @@ def cost(
             _names(axes, spots, titles, shown)
 
     return draw(paint, WIDTH, 5.2, paper=True)
+
+
+def bottom_of(accuracies: Mapping[str, Point]) -> float:
+    """The lowest accuracy that is drawn where it is: that of the lowest method, zero-shot left out if it is far below
+    and there are many."""
+    every = [p.mean for p in accuracies.values()]
+    others = [p.mean for m, p in accuracies.items() if m != ZERO] or every
+    room = max(every) - min(others)
+    near = len(every) < CROWDED or min(every) >= min(others) - room
+    return min(every) if near else min(others) - 0.1 * room
 
 
 def _decades(least: float, most: float):

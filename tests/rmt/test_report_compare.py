@@ -289,3 +289,17 @@ def test_ticks_of_costs_are_plain_numbers(monkeypatch):
     figure = drawn(monkeypatch, table_figures.cost, points, {"bytes": {"a": 9e3, "b": 2.2e7}}, titles)
     ticks = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert {"10,000", "1,000,000"} <= set(ticks) and not [text for text in ticks if set(text) & set("$\\")]
+
+
+@pytest.mark.parametrize("count, low", [(12, True), (3, False)])
+def test_a_far_lower_zero_shot_takes_no_room_from_many_names(monkeypatch, count, low):
+    """Among many methods it stands on the lower edge with its number; among few, where it is."""
+    points = {f"m{i}": Point(60.0 + i, 0.0, 3) for i in range(count)} | {"zeroshot": Point(21.4, 0.0, 1)}
+    paid = {m: 0.0 if m == "zeroshot" else 1e3 * 1.3**i for i, m in enumerate(points)}
+    figure = drawn(monkeypatch, table_figures.cost, points, {"bytes": paid}, {m: m for m in points})
+    (axes,) = figure.axes
+    names = [text.get_text() for text in axes.texts]
+    assert ("zeroshot, 21.4" in names, "zeroshot" in names) == (low, not low)
+    assert (axes.get_ylim()[0] > 50) == low
+    star = next(line for line in axes.lines if line.get_marker() == "*")
+    assert (star.get_ydata()[0] > 50) == low and axes.get_ylim()[0] < star.get_ydata()[0]
