@@ -70,6 +70,18 @@ def test_results_are_what_the_table_prints(head, shots, monkeypatch, capsys):
     assert mine[len(rows) :] == [p for p in pairs if shots == 16 or not re.search(r" over ramt(_spread)? ", p)]
 
 
+def test_masks_under_lora_are_the_committed_rows():
+    cells = {}
+    for file in ("mask_first.json", "mask_first_control.json"):
+        for row in json.loads((RESULTS / file).read_text())["rows"]:
+            key = row.get("mask_steps", "chance")
+            cells[row["dataset"], key] = f" {row['masks_train_loss']:.2f}, {row['acc1']:.1f} "
+    steps = [0, 5, 15, 30, 60, 120, "chance"]
+    names = sorted({name for name, _ in cells})
+    lines = [f"| {name} |" + "|".join(cells.get((name, step), " ") for step in steps) + "|" for name in names]
+    assert len(names) == 3 and sections()["Masks under LoRA"][1:] == lines
+
+
 def experiment(name, *arguments):
     command = [sys.executable, str(REAL / name), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -84,17 +96,17 @@ def place(tmp_path_factory):
 
 
 def test_masks_before_lora(place, tmp_path):
-    """A row for each number of steps; without masks the state before LoRA is zero-shot CLIP."""
+    """A row for each number of steps, and for masks by chance: three states before LoRA."""
     (tmp_path / "rates.json").write_text(json.dumps({"chosen": {"lora": 1e-3, "ramt_spread": 1e-3}}))
     done = experiment(
-        "mask_first.py", *place, "--rates", tmp_path / "rates.json", "--mask-steps", 0, 2, "--lora-steps", 3,
-        "--shots", 2, "--batch", 4, "--json", tmp_path / "rows.json",
+        "mask_first.py", *place, "--rates", tmp_path / "rates.json", "--mask-steps", 0, 2, "--random-off", 20,
+        "--lora-steps", 3, "--shots", 2, "--batch", 4, "--json", tmp_path / "rows.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, masked = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    plain, masked, chance = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (plain["mask_steps"], masked["mask_steps"]) == (0, 2)
     assert "percent_off" not in plain and masked["percent_off"] > 0
-    assert plain["masks_train_loss"] != masked["masks_train_loss"]
+    assert len({row["masks_train_loss"] for row in (plain, masked, chance)}) == 3 and chance["random_off"] == 20
 
 
 def test_a_cascade_is_written_down(place, tmp_path):
