@@ -5,8 +5,8 @@
 
 `lora+ramt_spread` trains masks first, then LoRA on the merged model. If the pair stays behind LoRA because masks have
 fitted the few training images before LoRA begins, it must come back to LoRA as their steps get fewer and the loss on
-the training images before LoRA rises. Row 0 is LoRA alone. `--random-off` is the control: as many weights off, drawn by
-chance.
+the training images before LoRA rises. Row 0 is LoRA alone. `--random-off` is the control: a share of the weights
+off, drawn by chance.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """A bundle of bench/real/compare.py as a table: python bench/real/table.py bench/results/real/compare.json --shots 16
 
 Top-1 accuracy, mean and sample deviation over seeds, a row for each method by its average over data sets; the average
-stands where a method has all of them. stored: kB, the largest of them. `--pairs` shows X+ramt beside X.
+stands where a method has all of them. stored: kB, the largest of them. `--pairs` shows X+ramt beside X, `--method M`
+its seeds one by one, and the loss of the last batch where training logged one.
 """
 
 import argparse
@@ -35,12 +36,31 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def seeds(path: str, shots: int, method: str) -> list[str]:
+    """A line for each seed of a method: accuracy, and the loss that its training logged last, by data set."""
+    cells = [c for c in json.loads(Path(path).read_text())["cells"] if c["shots"] == shots and c["method"] == method]
+    sets = sorted({c["dataset"] for c in cells})
+    shown = {}
+    for c in cells:
+        last = c.get("last_row", {})
+        loss = last.get("task", last.get("loss"))
+        shown[c["seed"], c["dataset"]] = f"{c['metrics']['acc1']:.1f}" + ("" if loss is None else f" ({loss:.3f})")
+    lines = [f"| seed | {' | '.join(sets)} |", "|" + "---|" * (len(sets) + 1)]
+    for seed in sorted({c["seed"] for c in cells}):
+        lines.append(f"| {seed} | {' | '.join(shown.get((seed, name), '-') for name in sets)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--pairs", action="store_true")
+    parser.add_argument("--method")
     args = parser.parse_args()
+    if args.method:
+        print("\n".join(seeds(args.bundle, args.shots, args.method)))
+        return
     found, stored = read(args.bundle, args.shots)
     sets = sorted({name for rows in found.values() for name in rows})
     means = {method: average(rows, sets) for method, rows in found.items()}

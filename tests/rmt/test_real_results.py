@@ -46,6 +46,12 @@ def test_a_table_by_hand(tmp_path, monkeypatch, capsys):
         "| lora+ramt over lora | +3.0 | -9.0 | -3.0 |",
         "| lora+ramt over ramt | +15.0 | -21.0 | -3.0 |",
     ]
+    cells[0]["last_row"] = {"step": 9, "task": 0.0125}
+    for n, cell in enumerate(cells):
+        cell["seed"] = 1 + n % 2
+    (tmp_path / "bundle.json").write_text(json.dumps({"cells": cells}))
+    lines = printed(tmp_path / "bundle.json", "--shots", 4, "--method", "lora", monkeypatch=monkeypatch, capsys=capsys)
+    assert lines == ["| seed | a | b |", "|---|---|---|", "| 1 | 70.0 (0.013) | 50.0 |", "| 2 | 74.0 | - |"]
 
 
 def sections():
